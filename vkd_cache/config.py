@@ -1,0 +1,328 @@
+"""The configuration: frozen sections, read from defaults < TOML pipeline < command-line flags.
+
+Every field carries its documentation, its choices and its bounds, so the TOML reader, `docs/configuration.md` and the
+tests read one description. All mistakes of a file are reported at once.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vkd_cache.errors import ConfigError
+
+
+def option(
+    default: Any,
+    doc: str,
+    *,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A documented field: `choices` for strings (or for each string of a tuple), inclusive bounds for numbers."""
+    metadata = {"doc": doc, "choices": choices, "minimum": minimum, "maximum": maximum}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Where the images are."""
+
+    train: str = option("", "folder of classes, folder with train/ and val/, or brace/glob pattern of tar shards")
+    val: str = option("", "the same for evaluation; empty: val/ beside the training split, where there is one")
+    shard_size: int = option(1024, "samples per shard of a folder source (tar shards keep their own)", minimum=2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViewsConfig:
+    """How views are planned."""
+
+    recipe: str = option(
+        "vkd", "view recipe", choices=("vkd", "randaugment", "crop_flip", "none")
+    )
+    count: str = option("1", "views to extract: a count N (views 0..N-1) or a range A:B (views A..B-1)")
+    size_px: int = option(224, "height and width of a view, pixels", minimum=8, maximum=4096)
+    seed: int = option(0, "cache seed: the root of every draw of the plan", minimum=0, maximum=2**63 - 1)
+    mix_probability: float | None = option(
+        None, "probability that a pair is mixed; empty: the recipe's own", minimum=0.0, maximum=1.0
+    )
+    mixup_alpha: float = option(0.8, "Mixup's Beta parameter; 0 turns Mixup off", minimum=0.0)
+    cutmix_alpha: float = option(1.0, "CutMix's Beta parameter; 0 turns CutMix off", minimum=0.0)
+    cutmix_switch: float = option(
+        0.5, "probability of CutMix for a mixed pair when both are on", minimum=0.0, maximum=1.0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Which network's features are cached."""
+
+    name: str = option("", "timm model name, or package.module:callable that returns an nn.Module")
+    weights: str = option("", "safetensors or torch file with its weights; empty: timm's pretrained weights")
+    num_classes: int = option(0, "classes of its head; 0: what the weights hold, else the source's", minimum=0)
+    input_px: int = option(0, "side of its input; 0: the view's own size (other sizes are resized on the device)", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """What is stored, and how."""
+
+    url: str = option("", "directory or fsspec URL of the cache")
+    backend: str = option("zarr", "container of a unit", choices=("zarr", "webdataset"))
+    dtype: str = option(
+        "auto",
+        "stored type of node values; auto measures the loss effect on the first unit",
+        choices=("auto", "float32", "float16", "bfloat16", "uint8"),
+    )
+    nodes: tuple[str, ...] = option(
+        ("pooled",), "teacher outputs to store", choices=("pooled", "logits", "feature_map")
+    )
+    block_samples: int = option(256, "samples per tar member of the webdataset backend", minimum=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """How the teacher is run."""
+
+    batch_size: int = option(64, "samples per teacher batch; even, so that mixed pairs stay together", minimum=2)
+    workers: int = option(2, "processes that decode and augment; 0: in the main process", minimum=0)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU of the local rank where there is one")
+    autocast: str = option("off", "type of the teacher's autocast", choices=("off", "float16", "bfloat16"))
+    channels_last: bool = option(False, "run the teacher in channels-last memory format")
+    compile: bool = option(False, "torch.compile the teacher")
+    strict: bool = option(False, "stop at the first broken image instead of recording it")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """Which network is trained."""
+
+    name: str = option("", "deit_ti_distilled, deit_s_distilled, or any timm classification model")
+    drop_path: float = option(0.0, "stochastic depth rate", minimum=0.0, maximum=0.99)
+    sync_batchnorm: bool = option(False, "batch-norm statistics over all ranks (GPU only)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The three terms of VkD's loss."""
+
+    task_weight: float = option(1.0, "cross entropy against (mixed, smoothed) labels", minimum=0.0)
+    feature_weight: float = option(1.0, "projected student features against normalised teacher features", minimum=0.0)
+    logit_weight: float = option(1.0, "KL divergence from the teacher's probabilities", minimum=0.0)
+    temperature: float = option(1.0, "temperature of the logit loss", minimum=1e-3)
+    smoothing: float = option(0.1, "label smoothing of the task loss", minimum=0.0, maximum=0.999)
+    feature_loss: str = option(
+        "smooth_l1", "distance of the feature loss", choices=("smooth_l1", "l2", "l1", "cosine", "log_sum")
+    )
+    normalisation: str = option(
+        "layer_norm", "normalisation of the teacher side", choices=("layer_norm", "standardize", "whiten", "none")
+    )
+    projector: str = option(
+        "polar",
+        "orthogonal map: polar (fast), or torch's own householder, matrix_exp, cayley; linear is unconstrained",
+        choices=("polar", "householder", "matrix_exp", "cayley", "linear"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How the student is trained."""
+
+    epochs: int = option(300, "passes over the data", minimum=1)
+    batch_size: int = option(512, "samples per step and process; even, so that mixed pairs stay together", minimum=2)
+    lr: float = option(5e-4, "peak learning rate of AdamW", minimum=0.0)
+    min_lr: float = option(5e-6, "learning rate at the end of the cosine", minimum=0.0)
+    warmup_epochs: float = option(0.0, "linear warm-up from zero, epochs", minimum=0.0)
+    weight_decay: float = option(0.05, "AdamW weight decay (not on norms, biases, tokens, projector)", minimum=0.0)
+    beta1: float = option(0.9, "AdamW beta 1", minimum=0.0, maximum=0.9999999)
+    beta2: float = option(0.999, "AdamW beta 2", minimum=0.0, maximum=0.9999999)
+    eps: float = option(1e-8, "AdamW epsilon", minimum=0.0)
+    clip_grad: float = option(0.0, "gradient norm clip; 0: off", minimum=0.0)
+    accumulate: int = option(1, "batches per optimizer step", minimum=1)
+    amp: str = option("off", "autocast of the student", choices=("off", "bf16", "fp16"))
+    ema_decay: float = option(0.0, "decay of the weight average; 0: off", minimum=0.0, maximum=0.999999)
+    compile: bool = option(False, "torch.compile the student")
+    seed: int = option(0, "seed of the initial weights, the epoch order and dropout", minimum=0, maximum=2**63 - 1)
+    workers: int = option(2, "processes that decode and render; 0: in the main process", minimum=0)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    output: str = option("", "directory for checkpoints, logs and curves")
+    resume: str = option("", "auto, or a checkpoint to continue from")
+    live_teacher: bool = option(False, "run the teacher in memory instead of reading its cached features")
+    open_shards: int = option(8, "shards shuffled together", minimum=1)
+    digest_check: float = option(0.1, "share of replayed views whose pixel digest is checked", minimum=0.0, maximum=1.0)
+    log_every: int = option(10, "optimizer steps between log lines", minimum=1)
+    checkpoint_every: int = option(0, "optimizer steps between checkpoints; 0: at the end of each epoch only", minimum=0)
+    eval_every: int = option(1, "epochs between evaluations; 0: only at the end", minimum=0)
+    tensorboard: bool = option(False, "write TensorBoard events beside the JSON lines")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How a model is evaluated."""
+
+    batch_size: int = option(128, "samples per batch", minimum=1)
+    workers: int = option(2, "processes that decode; 0: in the main process", minimum=0)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    crop_fraction: float = option(
+        0.875, "side of the centre crop over the resized short side (224 of 256)", minimum=0.05, maximum=1.0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One experiment: both stages and the evaluation."""
+
+    source: SourceConfig = SourceConfig()
+    views: ViewsConfig = ViewsConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    cache: CacheConfig = CacheConfig()
+    extract: ExtractConfig = ExtractConfig()
+    student: StudentConfig = StudentConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+
+SECTIONS: dict[str, type] = {field.name: typing.get_type_hints(Config)[field.name] for field in dataclasses.fields(Config)}
+
+
+def find_pipeline(name: str) -> Path:
+    """The file of a pipeline given by path or by the name of one that is installed with the package.
+
+    Raises:
+        ConfigError: neither a file nor the name of an installed pipeline.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    package = Path(__file__).parent
+    folders = [package / "pipelines", package.parent / "pipelines"]  # in a wheel; in a checkout
+    known: dict[str, Path] = {}
+    for folder in folders:
+        known |= {file.stem: file for file in folder.glob("*.toml")}
+    if name.removesuffix(".toml") in known:
+        return known[name.removesuffix(".toml")]
+    raise ConfigError(
+        f"{name}: no such pipeline file, and no installed pipeline of that name"
+        f"{suggestion(name, known)}. Installed: {', '.join(sorted(known)) or 'none'}."
+    )
+
+
+def load_config(pipeline: str | None = None, overrides: Mapping[str, Mapping[str, object]] | None = None) -> Config:
+    """Resolve defaults < pipeline file < `overrides` ({section: {field: value}}; None means not given).
+
+    Raises:
+        ConfigError: every unknown key, wrong type and value out of range, in one message.
+    """
+    values: dict[str, dict[str, object]] = {section: {} for section in SECTIONS}
+    problems: list[str] = []
+    if pipeline is not None:
+        path = find_pipeline(pipeline)
+        try:
+            document = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not a TOML file: {error}") from error
+        _read_document(document, str(path), values, problems)
+    for section, fields in (overrides or {}).items():
+        given = {name: value for name, value in fields.items() if value is not None}
+        _read_section(section, given, "command line", values, problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return Config(**{section: SECTIONS[section](**fields) for section, fields in values.items()})
+
+
+def suggestion(wrong: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest of `known`, or nothing."""
+    near = difflib.get_close_matches(wrong, list(known), n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def config_to_json(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain JSON, for the file beside every output."""
+    return dataclasses.asdict(config)
+
+
+def parse_view_range(text: str) -> range:
+    """`"4"` -> views 0..3; `"2:6"` -> views 2..5.
+
+    Raises:
+        ConfigError: neither form, or an empty range.
+    """
+    first, _, last = text.rpartition(":")
+    try:
+        views = range(int(first or 0), int(last))
+    except ValueError:
+        views = range(0)
+    if len(views) == 0 or views.start < 0:
+        raise ConfigError(f"[views] count: found '{text}', expected a count (4) or a range A:B with A < B (4:8)")
+    return views
+
+
+def _read_document(
+    document: Mapping[str, object], where: str, values: dict[str, dict[str, object]], problems: list[str]
+) -> None:
+    for section, fields in document.items():
+        if section not in SECTIONS:
+            problems.append(f"{where}: unknown section [{section}]{suggestion(section, SECTIONS)}")
+        elif not isinstance(fields, Mapping):
+            problems.append(f"{where}: [{section}] must be a table, found {type(fields).__name__}")
+        else:
+            _read_section(section, fields, where, values, problems)
+
+
+def _read_section(
+    section: str,
+    given: Mapping[str, object],
+    where: str,
+    values: dict[str, dict[str, object]],
+    problems: list[str],
+) -> None:
+    known = {field.name: field for field in dataclasses.fields(SECTIONS[section])}
+    hints = typing.get_type_hints(SECTIONS[section])
+    for name, value in given.items():
+        if name not in known:
+            problems.append(f"{where}: [{section}] unknown key '{name}'{suggestion(name, known)}")
+            continue
+        try:
+            values[section][name] = _checked(value, hints[name], known[name].metadata)
+        except ValueError as error:
+            problems.append(f"{where}: [{section}] {name}: {error}")
+
+
+def _checked(value: object, hint: Any, metadata: Mapping[str, Any]) -> object:
+    """`value` as the field's type; a ValueError that says found and expected."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    wanted = next(kind for kind in kinds if kind is not type(None))
+    choices = metadata["choices"]
+    if typing.get_origin(wanted) is tuple:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) for entry in value):
+            raise ValueError(f"found {value!r}, expected a list of strings")
+        for entry in value:
+            _check_choice(entry, choices)
+        return tuple(value)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not wanted:
+        raise ValueError(f"found {value!r}, expected {_NAMES[wanted]}")
+    if isinstance(value, str):
+        _check_choice(value, choices)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        low, high = metadata["minimum"], metadata["maximum"]
+        # written so that nan fails too
+        if not ((low is None or value >= low) and (high is None or value <= high)):
+            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise ValueError(f"found {value!r}, expected {bounds}")
+    return value
+
+
+_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _check_choice(value: str, choices: tuple[str, ...]) -> None:
+    if choices and value not in choices:
+        raise ValueError(f"found '{value}', expected one of {', '.join(choices)}{suggestion(value, choices)}")

@@ -1,0 +1,154 @@
+"""The machine a job runs on: its place among other processes, its devices, its versions.
+
+The only module that reads the environment, and the only one that knows about torchrun and SLURM.
+"""
+
+import dataclasses
+import os
+import platform
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from vkd_cache.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobSplit:
+    """This process' share of a job that several processes do: worker `index` of `count`, `local_index` on its machine."""
+
+    index: int = 0
+    count: int = 1
+    local_index: int = 0
+
+
+def job_split(worker: str | None = None) -> JobSplit:
+    """The share given by `--worker I/N`, else by torchrun, else by a SLURM array, else the whole job.
+
+    Raises:
+        ConfigError: `worker` is not I/N with 0 <= I < N, or the environment's numbers are not consistent.
+    """
+    if worker is not None:
+        index, _, count = worker.partition("/")
+        return _split("--worker", index, count, local="0")
+    environment = os.environ
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return _split(
+            "RANK/WORLD_SIZE", environment["RANK"], environment["WORLD_SIZE"], environment.get("LOCAL_RANK", "0")
+        )
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        # arrays may start anywhere (--array=1-8) and be strided; only MIN, MAX and COUNT together say where we stand
+        task, first, last, count = (
+            environment.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ("ID", "MIN", "MAX", "COUNT")
+        )
+        try:
+            step = max(1, (int(last) - int(first)) // max(1, int(count) - 1))
+            index = (int(task) - int(first)) // step
+        except ValueError as error:
+            raise ConfigError(
+                f"SLURM_ARRAY_TASK_*: found ID={task!r} MIN={first!r} MAX={last!r} COUNT={count!r}, expected whole "
+                "numbers. Give --worker I/N instead."
+            ) from error
+        return _split("SLURM_ARRAY_TASK_ID", str(index), count, environment.get("SLURM_LOCALID", "0"))
+    return JobSplit()
+
+
+def _split(where: str, index: str, count: str, local: str) -> JobSplit:
+    try:
+        split = JobSplit(index=int(index), count=int(count), local_index=int(local))
+    except ValueError:
+        split = JobSplit(index=0, count=0)
+    if not 0 <= split.index < split.count:
+        raise ConfigError(f"{where}: found '{index}/{count}', expected I/N with 0 <= I < N, for example 0/4.")
+    return split
+
+
+def resolve_device(name: str, local_index: int = 0) -> str:
+    """`auto` -> `cuda:<local_index>` where there is a GPU, else `cpu`; other names are checked.
+
+    Raises:
+        ConfigError: not a device name, or a GPU that this machine does not have.
+    """
+    import torch
+
+    if name == "auto":
+        count = torch.cuda.device_count()
+        return f"cuda:{local_index % count}" if count else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: found '{name}', expected auto, cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: found '{name}', expected auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda":
+        index = local_index if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ConfigError(f"device: found '{name}', but this machine shows {torch.cuda.device_count()} GPUs to torch.")
+        return f"cuda:{index}"
+    return "cpu"
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of everything that can change a pixel or a feature, and of Python and vkd-cache."""
+    from PIL import features
+
+    found = {"python": platform.python_version(), "vkd_cache": _version("vkd-cache")}
+    for name in ("numpy", "pillow", "timm", "torch", "torchvision", "zarr"):
+        found[name] = _version(name)
+    found["libjpeg"] = str(features.version("libjpeg_turbo") or features.version("jpg") or "unknown")
+    return found
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def hardware() -> dict[str, str | int]:
+    """What a reader of a result needs to know of the machine; never a host name."""
+    import torch
+
+    found: dict[str, str | int] = {
+        "machine": platform.machine(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["gpus"] = torch.cuda.device_count()
+    return found
+
+
+def _cpu_name() -> str:
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a reader, or a crash at any moment, sees the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename in `directory` survive a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
