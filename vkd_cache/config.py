@@ -65,7 +65,7 @@ class TeacherConfig:
     name: str = option("", "timm model name, or package.module:callable that returns an nn.Module")
     weights: str = option("", "safetensors or torch file with its weights; empty: timm's pretrained weights")
     num_classes: int = option(0, "classes of its head; 0: what the weights hold, else the source's", minimum=0)
-    input_px: int = option(0, "side of its input; 0: the view's own size (other sizes are resized on the device)", minimum=0)
+    input_px: int = option(0, "side of its input; 0: the view's own (others are resized on the device)", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,9 +154,9 @@ class TrainConfig:
     resume: str = option("", "auto, or a checkpoint to continue from")
     live_teacher: bool = option(False, "run the teacher in memory instead of reading its cached features")
     open_shards: int = option(8, "shards shuffled together", minimum=1)
-    digest_check: float = option(0.1, "share of replayed views whose pixel digest is checked", minimum=0.0, maximum=1.0)
+    digest_check: float = option(0.1, "share of replayed views whose digest is checked", minimum=0.0, maximum=1.0)
     log_every: int = option(10, "optimizer steps between log lines", minimum=1)
-    checkpoint_every: int = option(0, "optimizer steps between checkpoints; 0: at the end of each epoch only", minimum=0)
+    checkpoint_every: int = option(0, "optimizer steps between checkpoints; 0: once an epoch", minimum=0)
     eval_every: int = option(1, "epochs between evaluations; 0: only at the end", minimum=0)
     tensorboard: bool = option(False, "write TensorBoard events beside the JSON lines")
 
@@ -188,7 +188,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
 
 
-SECTIONS: dict[str, type] = {field.name: typing.get_type_hints(Config)[field.name] for field in dataclasses.fields(Config)}
+SECTIONS: dict[str, type] = typing.get_type_hints(Config)
 
 
 def find_pipeline(name: str) -> Path:

@@ -15,7 +15,7 @@ from vkd_cache.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JobSplit:
-    """This process' share of a job that several processes do: worker `index` of `count`, `local_index` on its machine."""
+    """This process' share of a job of several processes: worker `index` of `count`, `local_index` on its machine."""
 
     index: int = 0
     count: int = 1
@@ -29,8 +29,8 @@ def job_split(worker: str | None = None) -> JobSplit:
         ConfigError: `worker` is not I/N with 0 <= I < N, or the environment's numbers are not consistent.
     """
     if worker is not None:
-        index, _, count = worker.partition("/")
-        return _split("--worker", index, count, local="0")
+        given_index, _, given_count = worker.partition("/")
+        return _split("--worker", given_index, given_count, local="0")
     environment = os.environ
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return _split(
@@ -49,7 +49,7 @@ def job_split(worker: str | None = None) -> JobSplit:
                 f"SLURM_ARRAY_TASK_*: found ID={task!r} MIN={first!r} MAX={last!r} COUNT={count!r}, expected whole "
                 "numbers. Give --worker I/N instead."
             ) from error
-        return _split("SLURM_ARRAY_TASK_ID", str(index), count, environment.get("SLURM_LOCALID", "0"))
+        return _split("SLURM_ARRAY_TASK_ID", str(index), count, local=environment.get("SLURM_LOCALID", "0"))
     return JobSplit()
 
 
@@ -83,7 +83,7 @@ def resolve_device(name: str, local_index: int = 0) -> str:
     if device.type == "cuda":
         index = local_index if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise ConfigError(f"device: found '{name}', but this machine shows {torch.cuda.device_count()} GPUs to torch.")
+            raise ConfigError(f"device: found '{name}', but torch sees {torch.cuda.device_count()} GPUs here.")
         return f"cuda:{index}"
     return "cpu"
 
