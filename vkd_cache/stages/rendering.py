@@ -1,0 +1,223 @@
+"""Rendering views in worker processes: every stage that needs pixels asks for them as tasks, here.
+
+One task is one batch. A worker reads, decodes, plans (or replays stored params) and renders it; nothing about the
+result depends on which worker does it or when. Mixing is *not* done here: a batch carries the unmixed 8-bit views, both
+members of a pair together, and `vkd_cache.views.blend` mixes them on the device.
+
+Shape legend: b samples of a batch, H = W = the recipe's size in pixels.
+"""
+
+import dataclasses
+import multiprocessing
+import signal
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vkd_cache.errors import BrokenImageError, CorruptCacheError, SourceError, VkdCacheError
+from vkd_cache.runtime import library_versions
+from vkd_cache.sources import Source
+from vkd_cache.views.decode import decode_image
+from vkd_cache.views.mixing import drop_partners
+from vkd_cache.views.params import Columns, MixPlan, ViewParams, params_from_columns, params_to_columns
+from vkd_cache.views.plan import plan_view
+from vkd_cache.views.recipe import Recipe
+from vkd_cache.views.render import pixel_digest, render_view
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RenderTask:
+    """One batch to render.
+
+    Attributes:
+        tag: what the caller needs to recognise the batch; returned untouched.
+        shard: (b,) int64 shard indices.
+        row: (b,) int64 rows within their shards.
+        view: the view of all samples.
+        mix: mixing with `partner` as positions *within this batch*; None: no mixing.
+        params: stored param columns, b rows; None: plan the views.
+        digest: (b,) uint64 stored pixel digests, where `check` asks for them.
+        check: (b,) bool, which digests to compare.
+    """
+
+    tag: Any
+    shard: npt.NDArray[np.int64]
+    row: npt.NDArray[np.int64]
+    view: int
+    mix: MixPlan | None = None
+    params: Columns | None = None
+    digest: npt.NDArray[np.uint64] | None = None
+    check: npt.NDArray[np.bool_] | None = None
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class RenderedBatch:
+    """A rendered task.
+
+    Attributes:
+        tag, shard, row, view: as in the task.
+        pixels: (b, H, W, 3) uint8; zeros where the image is broken.
+        label: (b,) int64.
+        ok: (b,) bool; False where the image is broken.
+        broken: (position, reason) of the broken images.
+        mix: the task's mixing, with the partners of broken images unmixed.
+        columns: param columns of all b rows and `digest` (b,) uint64; rows of broken images hold zeros.
+        error: what stopped the task, if anything did; then the arrays mean nothing.
+    """
+
+    tag: Any
+    shard: npt.NDArray[np.int64]
+    row: npt.NDArray[np.int64]
+    view: int
+    pixels: torch.Tensor
+    label: torch.Tensor
+    ok: npt.NDArray[np.bool_]
+    broken: list[tuple[int, str]]
+    mix: MixPlan | None
+    columns: dict[str, npt.NDArray[np.generic]]
+    error: VkdCacheError | None = None
+
+    def pin_memory(self) -> "RenderedBatch":
+        """Called by the loader, so that the copy to a GPU can overlap."""
+        self.pixels = self.pixels.pin_memory()
+        return self
+
+
+class Renderer(torch.utils.data.Dataset[RenderedBatch]):
+    """Renders tasks of one source under one recipe and cache seed; the loader's workers hold a copy each."""
+
+    def __init__(self, source: Source, recipe: Recipe, seed: int) -> None:
+        self.source = source
+        self.recipe = recipe
+        self.seed = seed
+
+    def __getitem__(self, task: RenderTask) -> RenderedBatch:
+        """Render one task; an error is returned in the batch, because a loader would bury its message."""
+        size = self.recipe.size_px
+        count = len(task.row)
+        pixels = np.zeros((count, size, size, 3), np.uint8)
+        params: list[ViewParams] = []
+        digests = np.zeros(count, np.uint64)
+        broken: list[tuple[int, str]] = []
+        error: VkdCacheError | None = None
+        try:
+            for position in range(count):
+                try:
+                    view_params, pixels[position] = self._render(task, position)
+                    digests[position] = pixel_digest(pixels[position])
+                    self._check_digest(task, position, int(digests[position]))
+                except BrokenImageError as reason:
+                    broken.append((position, str(reason)))
+                    view_params = _NO_PARAMS
+                params.append(view_params)
+        except VkdCacheError as caught:
+            error = caught
+            params = [_NO_PARAMS] * count
+        ok = np.ones(count, np.bool_)
+        ok[[position for position, _ in broken]] = False
+        mix = task.mix
+        if mix is not None and broken:
+            mix = drop_partners(mix, np.flatnonzero(~ok))
+        shards = self.source.shards
+        labels = [int(shards[s].labels[r]) for s, r in zip(task.shard, task.row, strict=True)]
+        return RenderedBatch(
+            tag=task.tag,
+            shard=task.shard,
+            row=task.row,
+            view=task.view,
+            pixels=torch.from_numpy(pixels),
+            label=torch.tensor(labels, dtype=torch.int64),
+            ok=ok,
+            broken=broken,
+            mix=mix,
+            columns=params_to_columns(params, self.recipe.max_ops) | {"digest": digests},
+            error=error,
+        )
+
+    def _render(self, task: RenderTask, position: int) -> tuple[ViewParams, npt.NDArray[np.uint8]]:
+        shard, row = int(task.shard[position]), int(task.row[position])
+        image = decode_image(self.source.read(shard, row))
+        if task.params is None:
+            key = self.source.shards[shard].keys[row]
+            params = plan_view(
+                self.recipe, self.seed, key, task.view, width_px=image.width, height_px=image.height
+            )
+        else:
+            params = params_from_columns(task.params, position)
+            if params.source_size != image.size:
+                raise CorruptCacheError(
+                    f"{self.source.location}: image of key '{self.source.shards[shard].keys[row]}' is "
+                    f"{image.width}x{image.height} pixels, the teacher saw one of "
+                    f"{params.source_size[0]}x{params.source_size[1]}. Train from the images that were extracted."
+                )
+        return params, render_view(image, params, self.recipe)
+
+    def _check_digest(self, task: RenderTask, position: int, digest: int) -> None:
+        if task.digest is None or task.check is None or not task.check[position]:
+            return
+        if digest != int(task.digest[position]):
+            key = self.source.shards[int(task.shard[position])].keys[int(task.row[position])]
+            raise CorruptCacheError(
+                f"{self.source.location}: view {task.view} of key '{key}' renders to pixels with digest "
+                f"{digest:016x}, the teacher saw {int(task.digest[position]):016x}. The image file or the decoder "
+                f"changed: {pixel_versions()} here{VERSIONS_MARK}."
+            )
+
+
+# The cache's side of the versions is known to the caller alone: it replaces this mark in the message.
+VERSIONS_MARK = "{cache versions}"
+
+_NO_PARAMS = ViewParams(seed=0, source_size=(0, 0), crop=(0, 0, 0, 0), flip=False, ops=())
+
+
+def pixel_versions(versions: dict[str, str] | None = None) -> str:
+    """The versions that decide a view's pixels, as text; `versions`: those of a cache instead of this process'."""
+    found = library_versions() if versions is None else versions
+    return f"Pillow {found.get('pillow', 'unknown')} with libjpeg {found.get('libjpeg', 'unknown')}"
+
+
+def render_loader(
+    renderer: Renderer, tasks: Iterable[RenderTask], *, workers: int, pin_memory: bool = False
+) -> Iterator[RenderedBatch]:
+    """Rendered batches in the order of `tasks`, made by `workers` processes (0: by this one).
+
+    `tasks` is read lazily, a few batches ahead of what has been yielded, in this process.
+
+    Raises:
+        VkdCacheError: what stopped a task (see `RenderedBatch.error` is *not* raised here: callers decide).
+        SourceError: a worker process was killed.
+    """
+    loader = torch.utils.data.DataLoader(
+        renderer,
+        batch_size=None,
+        sampler=tasks,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=2 if workers else None,
+        multiprocessing_context=_worker_context() if workers else None,
+        worker_init_fn=_start_worker if workers else None,
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise SourceError(
+            f"{renderer.source.location}: a data worker process died ({str(error).splitlines()[0]}). The usual cause "
+            "is memory: use fewer --workers or a smaller --batch-size. Run the same command again to continue."
+        ) from error
+
+
+def _worker_context() -> Any:
+    # Not fork: zarr and torch run threads in this process. The server imports torch once, workers fork from it.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vkd_cache.stages.rendering"])
+    return context
+
+
+def _start_worker(_: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the main process decides when the workers stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
