@@ -1,0 +1,61 @@
+"""From rendered batches on the host to mixed images on the device.
+
+A GPU copies the next batch while it works on this one: the copy runs on its own stream, from pinned memory. On a CPU
+nothing is copied.
+
+Shape legend: b samples, H = W = view size in pixels.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from vkd_cache.stages.rendering import RenderedBatch
+from vkd_cache.views.blend import mix_pixels
+from vkd_cache.views.params import MixPlan
+
+
+def ahead_on_device(
+    batches: Iterable[RenderedBatch], device: torch.device
+) -> Iterator[tuple[RenderedBatch, torch.Tensor]]:
+    """Each batch with its (b, H, W, 3) uint8 pixels on `device`, the copy of the next one already under way."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch, batch.pixels
+        return
+    stream = torch.cuda.Stream(device)
+    waiting: tuple[RenderedBatch, torch.Tensor, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            pixels = batch.pixels.to(device, non_blocking=True)
+            copied = stream.record_event()
+        if waiting is not None:
+            yield _arrived(*waiting)
+        waiting = batch, pixels, copied
+    if waiting is not None:
+        yield _arrived(*waiting)
+
+
+def _arrived(
+    batch: RenderedBatch, pixels: torch.Tensor, copied: torch.cuda.Event
+) -> tuple[RenderedBatch, torch.Tensor]:
+    current = torch.cuda.current_stream(pixels.device)
+    current.wait_event(copied)
+    pixels.record_stream(current)  # the allocator must not reuse the memory while this stream reads it
+    return batch, pixels
+
+
+def mixed_images(pixels: torch.Tensor, mix: MixPlan | None) -> torch.Tensor:
+    """(b, H, W, 3) uint8 views -> (b, 3, H, W) float32 images in [0, 1], mixed as `mix` says (positions in the batch)."""
+    images = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
+    if mix is None or not np.any(mix.kind):
+        return images.contiguous()
+    device = pixels.device
+    return mix_pixels(
+        images,
+        torch.from_numpy(mix.partner.astype(np.int64)).to(device, non_blocking=True),
+        torch.from_numpy(mix.kind.astype(np.int64)).to(device, non_blocking=True),
+        torch.from_numpy(mix.lam).to(device, non_blocking=True),
+        torch.from_numpy(mix.box.astype(np.int64)).to(device, non_blocking=True),
+    )
