@@ -1,0 +1,138 @@
+"""Decoding: from the bytes of a file to one RGB image, on purpose for every kind of file that data sets hold.
+
+A newcomer's trap: Pillow's global settings and warnings play no part here, so that the same bytes give the same pixels,
+or the same reason for having none, in every process. The table of what is done with which image is in docs/views.md.
+"""
+
+import io
+import struct
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from PIL import Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from vkd_cache.errors import BrokenImageError
+
+MAX_IMAGE_PIXELS = 178_956_970
+
+# everything that Pillow's parsers and decoders raise on bytes that are not what they should be
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    EOFError,
+    OverflowError,
+    ZeroDivisionError,
+    RuntimeError,
+    struct.error,
+)
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSE: Mapping[int, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class _JpegFile(JpegImageFile):
+    """A JPEG file whose EXIF data is left alone: Pillow reads the resolution from it, and warns if it is damaged."""
+
+    def _read_dpi_from_exif(self) -> None:
+        return
+
+
+_FORMATS: tuple[tuple[str, bytes, Callable[[io.BytesIO], ImageFile.ImageFile]], ...] = (
+    ("JPEG", b"\xff\xd8\xff", _JpegFile),
+    ("PNG", b"\x89PNG\r\n\x1a\n", PngImageFile),
+    ("WebP", b"RIFF", WebPImageFile),
+    ("GIF", b"GIF8", GifImageFile),
+    ("BMP", b"BM", BmpImageFile),
+)
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decode the first frame of a JPEG, PNG, WebP, GIF or BMP file, whatever its name says.
+
+    Args:
+        data: the whole file.
+
+    Returns:
+        RGB image, upright by its EXIF orientation, transparency over white, 16-bit values cut to their high byte.
+
+    Raises:
+        BrokenImageError: not one of these formats, damaged, truncated, empty, or of more than `MAX_IMAGE_PIXELS`
+            pixels; the text is the same on every machine.
+    """
+    name, image = _open(data)
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise BrokenImageError(_too_large(name))
+    if image.width < 1 or image.height < 1:
+        raise BrokenImageError(f"{name} image without pixels")
+    try:
+        image.load()
+        rgb = _to_rgb(image)
+    except _DAMAGE as error:
+        raise BrokenImageError(f"{name} data is truncated or damaged") from error
+    transpose = _TRANSPOSE.get(_exif_orientation(image.info.get("exif")))
+    return rgb if transpose is None else rgb.transpose(transpose)
+
+
+def _open(data: bytes) -> tuple[str, ImageFile.ImageFile]:
+    """The format's name and the image with its header read."""
+    for name, magic, open_file in _FORMATS:
+        if not data.startswith(magic):
+            continue
+        try:
+            return name, open_file(io.BytesIO(data))
+        except Image.DecompressionBombError as error:  # WebP: Pillow looks at the size before we can
+            raise BrokenImageError(_too_large(name)) from error
+        except _DAMAGE as error:
+            raise BrokenImageError(f"{name} header is damaged") from error
+    raise BrokenImageError("not a JPEG, PNG, WebP, GIF or BMP image" if data else "empty file")
+
+
+def _too_large(name: str) -> str:
+    return f"{name} image of more than {MAX_IMAGE_PIXELS} pixels"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode that the formats above decode to, as RGB."""
+    if image.mode.startswith("I"):  # 16-bit grey: its high byte, as Pillow itself does for 16-bit colour
+        values = np.asarray(image).astype(np.int64)
+        return Image.fromarray(np.clip(values >> 8, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _exif_orientation(exif: object) -> int:
+    """The orientation of an EXIF block (1 to 8), 1 where there is none or it cannot be read."""
+    if not isinstance(exif, bytes):
+        return 1
+    block = exif.removeprefix(b"Exif\x00\x00")
+    order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(block[:4])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(f"{order}I", block, 4)
+        (count,) = struct.unpack_from(f"{order}H", block, start)
+        for entry in range(count):
+            tag, kind, length, value = struct.unpack_from(f"{order}HHIH", block, start + 2 + 12 * entry)
+            if tag == _ORIENTATION_TAG:
+                return int(value) if (kind, length) == (3, 1) else 1
+    except struct.error:
+        return 1
+    return 1

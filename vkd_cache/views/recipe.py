@@ -1,0 +1,203 @@
+"""View recipes: what may be drawn for a view, as plain data that goes into the manifest of a cache.
+
+A newcomer's trap: a recipe has no seed and no view count. It is the distribution; the plan (`vkd_cache.views.plan`)
+draws from it, and the drawn values are stored beside the features.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from vkd_cache.config import ViewsConfig
+from vkd_cache.errors import CacheFormatError, ConfigError
+
+Geometry = Literal["random_resized_crop", "center_crop"]
+Colour = Literal["three_augment", "rand_augment", "none"]
+Decoder = Literal["pillow"]
+Interpolation = Literal["bicubic"]
+
+_MAX_SIDE_PX = 65_535  # erase and mix boxes are stored as uint16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The distribution that the views of a cache are drawn from.
+
+    Attributes:
+        name: what a user calls it; one of `RECIPES`, or anything for a recipe of one's own.
+        decoder: library that turns bytes into pixels.
+        geometry: a random resized crop, or one centre crop.
+        size_px: height and width of a view, pixels.
+        interpolation: resize kernel, antialiased.
+        scale: share of the source's area that a random crop aims at, (low, high) in (0, 1].
+        ratio: width over height of a random crop, (low, high), drawn log-uniformly.
+        crop_fraction: centre crop: `size_px` over the resized short side, in (0, 1].
+        flip_probability: of mirroring left to right, in [0, 1].
+        colour: which operations follow the flip.
+        jitter: three-augment: brightness, contrast and saturation factors are uniform in [1 - jitter, 1 + jitter].
+        blur_radius: three-augment: radius of the Gaussian blur, (low, high), pixels of the view.
+        solarise_threshold: three-augment: values from here on are inverted, in [0, 256].
+        num_ops: RandAugment: operations chosen per view, with replacement.
+        op_probability: RandAugment: probability that a chosen operation is applied.
+        magnitude: RandAugment: mean of the magnitude, 0 to 10.
+        magnitude_std: RandAugment: standard deviation of the magnitude before clipping to [0, 10].
+        erase_probability: of random erasing, in [0, 1].
+        erase_area: share of the view's area that is erased, (low, high).
+        erase_ratio: height over width of the erased box, (low, high), drawn log-uniformly.
+        mix_probability: that a pair of the matching is mixed at all, in [0, 1].
+        mixup_alpha: Beta parameter of Mixup; 0 turns Mixup off.
+        cutmix_alpha: Beta parameter of CutMix; 0 turns CutMix off.
+        cutmix_switch: probability of CutMix for a mixed pair when both are on, in [0, 1].
+    """
+
+    name: str
+    decoder: Decoder = "pillow"
+    geometry: Geometry = "random_resized_crop"
+    size_px: int = 224
+    interpolation: Interpolation = "bicubic"
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3.0 / 4.0, 4.0 / 3.0)
+    crop_fraction: float = 0.875
+    flip_probability: float = 0.5
+    colour: Colour = "none"
+    jitter: float = 0.3
+    blur_radius: tuple[float, float] = (0.1, 2.0)
+    solarise_threshold: int = 128
+    num_ops: int = 2
+    op_probability: float = 0.5
+    magnitude: float = 9.0
+    magnitude_std: float = 0.5
+    erase_probability: float = 0.0
+    erase_area: tuple[float, float] = (0.02, 1.0 / 3.0)
+    erase_ratio: tuple[float, float] = (0.3, 1.0 / 0.3)
+    mix_probability: float = 0.0
+    mixup_alpha: float = 0.8
+    cutmix_alpha: float = 1.0
+    cutmix_switch: float = 0.5
+
+    def __post_init__(self) -> None:
+        problems = _problems(self)
+        if problems:
+            raise ConfigError("\n".join(f"recipe '{self.name}': {problem}" for problem in problems))
+
+    @property
+    def max_ops(self) -> int:
+        """K, the most operations that a view of this recipe can have: the width of the `op_id` column."""
+        if self.colour == "three_augment":
+            return 4
+        return self.num_ops if self.colour == "rand_augment" else 0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether any pair can be mixed."""
+        return self.mix_probability > 0.0 and (self.mixup_alpha > 0.0 or self.cutmix_alpha > 0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values; `from_json` gives back an equal recipe."""
+        return {
+            field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
+            for field in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "Recipe":
+        """The inverse of `to_json`.
+
+        Raises:
+            CacheFormatError: a field is missing, unknown or of the wrong type, or its value is out of range.
+        """
+        hints = typing.get_type_hints(cls)
+        problems = [f"missing field '{name}'" for name in hints if name not in document]
+        problems += [f"unknown field '{name}'" for name in document if name not in hints]
+        values: dict[str, Any] = {}
+        for name in hints.keys() & document.keys():
+            try:
+                values[name] = _from_json_value(document[name], hints[name])
+            except TypeError as error:
+                problems.append(f"field '{name}': {error}")
+        if problems:
+            raise CacheFormatError("recipe: " + "; ".join(sorted(problems)) + ". It was written by another version.")
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise CacheFormatError(str(error)) from error
+
+
+def _from_json_value(value: object, hint: Any) -> Any:
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is str and isinstance(value, str):
+        return value
+    if typing.get_origin(hint) is Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise TypeError(f"found {value!r}, expected one of {', '.join(typing.get_args(hint))}")
+    if typing.get_origin(hint) is tuple and isinstance(value, list) and len(value) == 2:
+        return tuple(_from_json_value(item, float) for item in value)
+    expected = hint.__name__ if isinstance(hint, type) else str(hint)
+    raise TypeError(f"found {value!r}, expected {'two numbers' if typing.get_origin(hint) is tuple else expected}")
+
+
+def _problems(recipe: Recipe) -> list[str]:
+    """Every value that cannot be drawn from, as texts."""
+    found = []
+
+    def check(name: str, good: bool, expected: str) -> None:
+        if not good:
+            found.append(f"{name}: found {getattr(recipe, name)}, expected {expected}")
+
+    check("size_px", 1 <= recipe.size_px <= _MAX_SIDE_PX, f"1 to {_MAX_SIDE_PX} pixels")
+    check("crop_fraction", 0.0 < recipe.crop_fraction <= 1.0, "more than 0 and at most 1")
+    for name in ("flip_probability", "op_probability", "erase_probability", "mix_probability", "cutmix_switch"):
+        check(name, 0.0 <= getattr(recipe, name) <= 1.0, "a probability")
+    for name in ("scale", "erase_area"):
+        low, high = getattr(recipe, name)
+        check(name, 0.0 < low <= high <= 1.0, "0 < low <= high <= 1")
+    for name in ("ratio", "erase_ratio"):
+        low, high = getattr(recipe, name)
+        check(name, 0.0 < low <= high < math.inf, "0 < low <= high")
+    low, high = recipe.blur_radius
+    check("blur_radius", 0.0 <= low <= high < math.inf, "0 <= low <= high")
+    check("jitter", 0.0 <= recipe.jitter <= 1.0, "0 to 1")
+    check("solarise_threshold", 0 <= recipe.solarise_threshold <= 256, "0 to 256")
+    check("num_ops", 0 <= recipe.num_ops <= 16, "0 to 16")
+    check("magnitude", 0.0 <= recipe.magnitude <= 10.0, "0 to 10")
+    check("magnitude_std", 0.0 <= recipe.magnitude_std < math.inf, "a number from 0")
+    for name in ("mixup_alpha", "cutmix_alpha"):
+        check(name, 0.0 <= getattr(recipe, name) < math.inf, "a number from 0")
+    return found
+
+
+RECIPES: Mapping[str, Recipe] = types.MappingProxyType(
+    {
+        "vkd": Recipe(name="vkd", colour="three_augment", mix_probability=1.0),
+        "randaugment": Recipe(name="randaugment", colour="rand_augment", erase_probability=0.25, mix_probability=1.0),
+        "crop_flip": Recipe(name="crop_flip"),
+        "none": Recipe(name="none", geometry="center_crop", flip_probability=0.0),
+    }
+)
+
+
+def make_recipe(views: ViewsConfig) -> Recipe:
+    """The recipe that a `[views]` section asks for: the preset with the section's size and mixing.
+
+    Raises:
+        ConfigError: no preset of that name, or a value that cannot be drawn from.
+    """
+    preset = RECIPES.get(views.recipe)
+    if preset is None:
+        raise ConfigError(f"[views] recipe: found '{views.recipe}', expected one of {', '.join(RECIPES)}.")
+    probability = preset.mix_probability if views.mix_probability is None else views.mix_probability
+    return dataclasses.replace(
+        preset,
+        size_px=views.size_px,
+        mix_probability=float(probability),
+        mixup_alpha=float(views.mixup_alpha),
+        cutmix_alpha=float(views.cutmix_alpha),
+        cutmix_switch=float(views.cutmix_switch),
+    )
