@@ -1,0 +1,400 @@
+"""What a student is fed: for every step, rendered views and, from a cache, the teacher's outputs for the same views.
+
+Worker processes render images and know nothing of features. This process reads each unit once, sends its stored view
+params along with the render tasks, and joins node values to the rendered batches by position. Both members of a pair
+are always in one batch.
+
+Shape legend: b samples of a batch, C width of a node.
+"""
+
+import dataclasses
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vkd_cache.cache.reader import Cache, Unit
+from vkd_cache.errors import CorruptCacheError
+from vkd_cache.sources import Source
+from vkd_cache.stages.order import EpochOrder
+from vkd_cache.stages.rendering import (
+    VERSIONS_MARK,
+    RenderedBatch,
+    Renderer,
+    RenderTask,
+    pixel_versions,
+    render_loader,
+)
+from vkd_cache.views.mixing import drop_partners, pair_slots, plan_mixing
+from vkd_cache.views.params import Columns, MixPlan
+from vkd_cache.views.recipe import Recipe
+
+PARAM_COLUMNS = ("seed", "source_size", "crop", "flip", "op_id", "op_value", "erase")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Which steps this rank is fed.
+
+    Attributes:
+        epochs: number of epochs; epoch e shows view number e modulo the number of views.
+        batch_size: samples per batch of this rank; even.
+        seed: train seed.
+        open_shards: shards shuffled together.
+        rank, world: this process among all.
+        digest_check: share of replayed views whose pixel digest is compared, 0 to 1.
+    """
+
+    epochs: int
+    batch_size: int
+    seed: int
+    open_shards: int
+    rank: int = 0
+    world: int = 1
+    digest_check: float = 0.0
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class FedBatch:
+    """One batch for the student.
+
+    Attributes:
+        epoch, step: its place; `step` counts batches within the epoch.
+        rendered: the views; all rows are usable.
+        nodes: node values (b, ...) by name; empty without a cache.
+    """
+
+    epoch: int
+    step: int
+    rendered: RenderedBatch
+    nodes: dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ShardView:
+    """What a feed knows of one unit before rendering it.
+
+    Attributes:
+        slots: (m, 2) rows of the shard that belong together, -1 for none.
+        mix: the unit's mixing, over the rows of the shard.
+        unit: the published unit, when the views come from a cache.
+    """
+
+    slots: npt.NDArray[np.int64]
+    mix: MixPlan
+    unit: Unit | None = None
+
+
+class Views(Protocol):
+    """Where views come from: a cache, or the plan alone."""
+
+    views: Sequence[int]
+
+    def slot_counts(self, view: int) -> Sequence[int]:
+        """Slots per shard."""
+        ...
+
+    def open(self, shard: int, view: int) -> ShardView:
+        """One unit; called in a background thread ahead of its use."""
+        ...
+
+
+class PlannedViews:
+    """Views planned on the spot: training without a cache, with or without a live teacher."""
+
+    def __init__(self, source: Source, recipe: Recipe, seed: int, views: Sequence[int]) -> None:
+        self._source = source
+        self._recipe = recipe
+        self._seed = seed
+        self.views = views
+
+    def slot_counts(self, view: int) -> Sequence[int]:
+        """Two samples a slot, an odd one alone."""
+        return [(len(shard.keys) + 1) // 2 for shard in self._source.shards]
+
+    def open(self, shard: int, view: int) -> ShardView:
+        """Plan the pairs of one unit."""
+        mix = plan_mixing(self._recipe, self._seed, self._source.shards[shard].keys, view)
+        return ShardView(slots=pair_slots(mix), mix=mix)
+
+
+class CachedViews:
+    """Views replayed from the published units of a cache, without the samples that were broken."""
+
+    def __init__(self, cache: Cache, source: Source, recipe: Recipe, views: Sequence[int]) -> None:
+        self._cache = cache
+        self._source = source
+        self._recipe = recipe
+        self._seed = cache.manifest.seed
+        self.views = views
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of the libraries that rendered the cache's views."""
+        return self._cache.manifest.versions
+
+    def slot_counts(self, view: int) -> Sequence[int]:
+        """As the records say: only shards with broken images need their matching worked out."""
+        counts = []
+        for shard, content in enumerate(self._source.shards):
+            broken = [row for _, row, _ in self._cache.record(shard, view).broken]
+            total = len(content.keys)
+            counts.append(len(self._slots(shard, view, broken)) if broken else (total + 1) // 2)
+        return counts
+
+    def open(self, shard: int, view: int) -> ShardView:
+        """Read one unit and check that it belongs to the source's shard."""
+        unit = self._cache.read(shard, view)
+        keys = self._source.shards[shard].keys
+        if len(unit.rows) and (int(unit.rows.max()) >= len(keys) or unit.keys != [keys[row] for row in unit.rows]):
+            raise CorruptCacheError(
+                f"{self._cache.url}: unit of shard {shard}, view {view} holds other keys than shard {shard} of "
+                f"{self._source.location}. Run vkd-cache verify on the cache."
+            )
+        mix = _stored_mix(unit, len(keys))
+        broken = np.setdiff1d(np.arange(len(keys)), unit.rows)
+        return ShardView(slots=self._slots(shard, view, broken.tolist()), mix=mix, unit=unit)
+
+    def _slots(self, shard: int, view: int, broken: Sequence[int]) -> npt.NDArray[np.int64]:
+        plan = plan_mixing(self._recipe, self._seed, self._source.shards[shard].keys, view)
+        return slots_without(plan, broken)
+
+
+def slots_without(plan: MixPlan, broken: Sequence[int]) -> npt.NDArray[np.int64]:
+    """The slots of a unit whose `broken` rows are left out; their partners become lone rows."""
+    slots = pair_slots(drop_partners(plan, np.asarray(broken, np.int64)) if len(broken) else plan)
+    if not len(broken):
+        return slots
+    rows = slots.reshape(-1)
+    kept = rows[(rows >= 0) & ~np.isin(rows, broken)]
+    # mixed pairs stay side by side: rows that lost their neighbour come after all the others
+    partner = plan.partner[kept]
+    paired = (partner != kept) & ~np.isin(partner, broken)
+    kept = np.concatenate([kept[paired], kept[~paired]])
+    padded = np.append(kept, -1) if len(kept) % 2 else kept
+    return padded.reshape(-1, 2)
+
+
+def _stored_mix(unit: Unit, num_rows: int) -> MixPlan:
+    partner = np.arange(num_rows, dtype=np.uint32)
+    kind = np.zeros(num_rows, np.uint8)
+    lam = np.ones(num_rows, np.float32)
+    box = np.zeros((num_rows, 4), np.uint16)
+    partner[unit.rows] = unit.columns["partner"]
+    kind[unit.rows] = unit.columns["mix_kind"]
+    lam[unit.rows] = unit.columns["mix_lambda"]
+    box[unit.rows] = unit.columns["mix_box"]
+    return MixPlan(partner=partner, kind=kind, lam=lam, box=box)
+
+
+class Feed:
+    """All batches of one rank from a given step on; a context manager, because it holds a reading thread."""
+
+    def __init__(self, renderer: Renderer, views: Views, schedule: Schedule, nodes: Sequence[str] = ()) -> None:
+        self._renderer = renderer
+        self._views = views
+        self._schedule = schedule
+        self._nodes = tuple(nodes)
+        self._open: OrderedDict[tuple[int, int], Future[ShardView]] = OrderedDict()
+        self._pending: deque[tuple[int, int, dict[str, torch.Tensor]]] = deque()
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="units")
+
+    def __enter__(self) -> "Feed":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.shutdown(cancel_futures=True)
+
+    def view_of(self, epoch: int) -> int:
+        """The view that an epoch shows: the views take turns."""
+        return self._views.views[epoch % len(self._views.views)]
+
+    def order(self, epoch: int) -> EpochOrder:
+        """This rank's order of one epoch."""
+        schedule = self._schedule
+        return EpochOrder(
+            slot_counts=self._views.slot_counts(self.view_of(epoch)),
+            seed=schedule.seed,
+            epoch=epoch,
+            rank=schedule.rank,
+            world=schedule.world,
+            slots_per_step=schedule.batch_size // 2,
+            open_shards=schedule.open_shards,
+        )
+
+    def batches(
+        self, *, epoch: int, step: int, workers: int, pin_memory: bool = False
+    ) -> Iterator[FedBatch]:
+        """Batches from (epoch, step) to the end of the last epoch.
+
+        Raises:
+            CorruptCacheError: a replayed view has other pixels than the teacher saw, or a unit is damaged.
+            SourceError: an image that is in the cache cannot be read any more.
+        """
+        loader = render_loader(
+            self._renderer, self._tasks(epoch, step), workers=workers, pin_memory=pin_memory
+        )
+        for rendered in loader:
+            at_epoch, at_step, nodes = self._pending.popleft()
+            if rendered.error is not None:
+                raise self._explained(rendered.error)
+            if rendered.broken:
+                self._refuse_broken_replay(rendered)
+                _leave_out_broken(rendered)
+            yield FedBatch(epoch=at_epoch, step=at_step, rendered=rendered, nodes=nodes)
+
+    def _tasks(self, epoch: int, step: int) -> Iterator[RenderTask]:
+        for at_epoch in range(epoch, self._schedule.epochs):
+            order = self.order(at_epoch)
+            view = self.view_of(at_epoch)
+            windows = order.windows()
+            place = {int(shard): number for number, shards in enumerate(windows) for shard in shards}
+            ahead = -1
+            for number, slots in enumerate(order.steps(step), start=step):
+                reached = max(place[int(shard)] for shard in slots[:, 0])
+                if reached > ahead:
+                    self._read_ahead(windows[reached : reached + 2], view)
+                    ahead = reached
+                task, nodes = self._task(slots, view, at_epoch, number)
+                self._pending.append((at_epoch, number, nodes))
+                yield task
+            step = 0
+
+    def _read_ahead(self, windows: Sequence[npt.NDArray[np.int64]], view: int) -> None:
+        """Start reading the units of a window and of the next; forget what lies further back."""
+        for shard in np.concatenate(windows).tolist():
+            self._unit(shard, view)
+        # the window being left may still have slots in the batch that crosses over: hence three
+        while len(self._open) > 3 * self._schedule.open_shards:
+            self._open.popitem(last=False)
+
+    def _unit(self, shard: int, view: int) -> Future[ShardView]:
+        if (shard, view) not in self._open:
+            self._open[shard, view] = self._reader.submit(self._views.open, shard, view)
+        self._open.move_to_end((shard, view))
+        return self._open[shard, view]
+
+    def _task(
+        self, slots: npt.NDArray[np.int64], view: int, epoch: int, step: int
+    ) -> tuple[RenderTask, dict[str, torch.Tensor]]:
+        units = {int(shard): self._unit(int(shard), view).result() for shard in np.unique(slots[:, 0])}
+        pairs = np.array([units[shard].slots[slot] for shard, slot in slots.tolist()]).reshape(-1)
+        shard = np.repeat(slots[:, 0], 2)[pairs >= 0]
+        row = pairs[pairs >= 0]
+        replay = _Replay.of(units, shard, row)
+        check = None
+        if replay.digest is not None and self._schedule.digest_check > 0:
+            check = _chosen(len(row), self._schedule, epoch, step)
+        task = RenderTask(
+            tag=(epoch, step),
+            shard=shard,
+            row=row,
+            view=view,
+            mix=_joined_mix(units, shard, row),
+            params=replay.params,
+            digest=replay.digest,
+            check=check,
+        )
+        return task, replay.nodes(self._nodes)
+
+    def _refuse_broken_replay(self, rendered: RenderedBatch) -> None:
+        """An image that the teacher saw must still be there; one that nobody has seen yet may be broken."""
+        if isinstance(self._views, CachedViews):
+            position, reason = rendered.broken[0]
+            source = self._renderer.source
+            key = source.shards[int(rendered.shard[position])].keys[int(rendered.row[position])]
+            raise CorruptCacheError(
+                f"{source.location}: image of key '{key}' is broken ({reason}), but the teacher saw it whole. Restore "
+                "the file, or extract anew."
+            )
+
+    def _explained(self, error: Exception) -> Exception:
+        """Put the cache's own versions into a digest error: the worker that found it does not know them."""
+        if VERSIONS_MARK not in str(error) or not isinstance(self._views, CachedViews):
+            return error
+        theirs = pixel_versions(self._views.versions)
+        return type(error)(str(error).replace(VERSIONS_MARK, f", {theirs} when the cache was made"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Replay:
+    """Stored params and node values of a batch's samples, gathered unit by unit."""
+
+    params: Columns | None
+    digest: npt.NDArray[np.uint64] | None
+    parts: list[tuple[npt.NDArray[np.int64], Unit, npt.NDArray[np.int64]]]
+
+    @classmethod
+    def of(
+        cls, units: dict[int, ShardView], shard: npt.NDArray[np.int64], row: npt.NDArray[np.int64]
+    ) -> "_Replay":
+        parts = []
+        for number, content in units.items():
+            if content.unit is None:
+                return cls(params=None, digest=None, parts=[])
+            position = np.flatnonzero(shard == number)
+            parts.append((position, content.unit, np.searchsorted(content.unit.rows, row[position])))
+        columns: dict[str, npt.NDArray[np.generic]] = {}
+        for name in (*PARAM_COLUMNS, "digest"):
+            first = parts[0][1].columns[name]
+            columns[name] = np.empty((len(row), *first.shape[1:]), first.dtype)
+            for position, unit, unit_row in parts:
+                columns[name][position] = unit.columns[name][unit_row]
+        digest = columns.pop("digest").astype(np.uint64)
+        return cls(params=columns, digest=digest, parts=parts)
+
+    def nodes(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Node values in batch order."""
+        joined: dict[str, torch.Tensor] = {}
+        for name in names if self.parts else ():
+            order = torch.from_numpy(np.argsort(np.concatenate([position for position, _, _ in self.parts])))
+            joined[name] = torch.cat([unit.node(name, rows) for _, unit, rows in self.parts])[order]
+        return joined
+
+
+def _joined_mix(
+    units: dict[int, ShardView], shard: npt.NDArray[np.int64], row: npt.NDArray[np.int64]
+) -> MixPlan:
+    """The mixing of a batch, partners as positions within it."""
+    count = len(row)
+    partner = np.arange(count, dtype=np.uint32)
+    kind = np.zeros(count, np.uint8)
+    lam = np.ones(count, np.float32)
+    box = np.zeros((count, 4), np.uint16)
+    for number, content in units.items():
+        position = np.flatnonzero(shard == number)
+        rows = row[position]
+        where = np.full(len(content.mix.partner), -1, np.int64)
+        where[rows] = position
+        partner[position] = where[content.mix.partner[rows]]
+        kind[position] = content.mix.kind[rows]
+        lam[position] = content.mix.lam[rows]
+        box[position] = content.mix.box[rows]
+    return MixPlan(partner=partner, kind=kind, lam=lam, box=box)
+
+
+def _chosen(count: int, schedule: Schedule, epoch: int, step: int) -> npt.NDArray[np.bool_]:
+    """Which digests of a batch to check: an independent share of every step, the same when it is repeated."""
+    key = np.array([schedule.seed, schedule.rank], np.uint64)
+    bits = np.random.Philox(key=key, counter=np.array([0, 0, epoch, step], np.uint64)).random_raw(count)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53 < schedule.digest_check
+
+
+def _leave_out_broken(rendered: RenderedBatch) -> None:
+    """Drop the rows that could not be rendered; their partners are unmixed already."""
+    keep = np.flatnonzero(rendered.ok)
+    rendered.pixels = rendered.pixels[torch.from_numpy(keep)]
+    rendered.label = rendered.label[torch.from_numpy(keep)]
+    if rendered.mix is not None:
+        where = np.zeros(len(rendered.ok), np.uint32)
+        where[keep] = np.arange(len(keep))
+        mix = rendered.mix
+        rendered.mix = MixPlan(
+            partner=where[mix.partner[keep]], kind=mix.kind[keep], lam=mix.lam[keep], box=mix.box[keep]
+        )
+    rendered.shard, rendered.row, rendered.ok = rendered.shard[keep], rendered.row[keep], rendered.ok[keep]
+    rendered.columns = {name: values[keep] for name, values in rendered.columns.items()}
