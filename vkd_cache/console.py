@@ -8,7 +8,7 @@ now and then, and `set_quiet` (ranks above 0) silences all but warnings.
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
@@ -179,6 +179,47 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     if title:
         results.print(title, style="italic", soft_wrap=True)
     results.print(table)
+
+
+def show_document(title: str, document: Mapping[str, object]) -> None:
+    """A JSON document as tables on stdout: one of its plain values, one for each list of objects in it."""
+    plain: list[tuple[str, str]] = []
+    tables: list[tuple[str, list[Mapping[str, object]]]] = []
+    for name, value in _flat(document):
+        if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+            tables.append((name, value))
+        elif isinstance(value, list) and len(value) > 8:
+            plain.append((name, f"{len(value)} values"))
+        else:
+            plain.append((name, _cell(value)))
+    if plain:
+        show_table(title, ("", "value"), plain)
+    for name, entries in tables:
+        flat = [dict(_flat(entry)) for entry in entries]
+        columns = list(dict.fromkeys(column for entry in flat for column in entry))
+        heading = f"{title}: {name}" if plain or len(tables) > 1 else title
+        show_table(heading, columns, [[_cell(entry.get(column)) for column in columns] for entry in flat])
+
+
+def _flat(document: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Pairs of dotted name and value, without the objects in between."""
+    for name, value in document.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_cell(entry) for entry in value)
+    return str(value)
 
 
 def clock(seconds: float) -> str:

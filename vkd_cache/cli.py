@@ -1,0 +1,351 @@
+"""The command line: options -> config -> stage -> exit code.
+
+A newcomer's trap: nothing here may import torch or numpy at the top, so stages are imported inside their commands and
+`vkd-cache --help` answers at once. An option that overrides a field of the configuration takes its type, choices and
+help from that field (`setting`); the few that are not fields say what this one run does (`--dry-run`, `--json`).
+
+Exit codes: 0 done, 1 error, 2 usage or configuration, 3 some units failed, 130 interrupted.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import typing
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from vkd_cache import __version__, console
+from vkd_cache.config import SECTIONS, Config, find_pipeline, load_config
+from vkd_cache.errors import ConfigError, VkdCacheError
+from vkd_cache.runtime import JobSplit, job_split, rank_split
+
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def setting(
+    flag: str, key: str, *, metavar: str | None = None, help_text: str | None = None, bare: bool = False
+) -> _Decorator:
+    """An option that overrides the field `key` ("section.field").
+
+    Args:
+        flag: its name, with the dashes.
+        key: the field it sets.
+        metavar: what its value is called in the help.
+        help_text: its help; None: the field's own documentation.
+        bare: it may also be given without a value, which then reads "".
+    """
+    section, _, name = key.partition(".")
+    metadata = next(field.metadata for field in dataclasses.fields(SECTIONS[section]) if field.name == name)
+    hint = typing.get_type_hints(SECTIONS[section])[name]
+    keywords: dict[str, Any] = {"default": None, "help": help_text or metadata["doc"]}
+    if hint is bool:
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    elif metadata["choices"]:
+        keywords |= {"type": click.Choice(metadata["choices"])}
+    else:
+        keywords |= {"type": hint, "metavar": metavar}
+    if bare:
+        keywords |= {"is_flag": False, "flag_value": ""}
+    return click.option(flag, f"{section}__{name}", **keywords)
+
+
+_VAL_HELP = "images to evaluate on: a folder or tar pattern; default: val/ beside the training split"
+_SAMPLE_HELP = "samples that --pixels and --teacher look at; 0: all; default: 64"
+pipeline_argument = click.argument("pipeline", required=False)
+dry_run_option = click.option("--dry-run", is_flag=True, help="say what would be done, and stop")
+json_option = click.option("--json", "as_json", is_flag=True, help="print one JSON document instead of tables")
+
+
+class _InOrder(click.Group):
+    """Lists the commands in the order in which one meets them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="vkd-cache")
+def cli() -> None:
+    """Run a vision teacher once, train any number of VkD students from the cache.
+
+    PIPELINE is a TOML file, or the name of an installed one (deit_tiny_imagenet, deit_small_imagenet, demo); options
+    override what it says.
+    """
+
+
+@cli.command(short_help="run the teacher once, write the cache")
+@pipeline_argument
+@setting("--source", "source.train", metavar="PATH")
+@setting("--cache", "cache.url", metavar="URL")
+@setting("--teacher", "teacher.name", metavar="NAME")
+@setting("--teacher-weights", "teacher.weights", metavar="FILE")
+@setting("--views", "views.count", metavar="N|A:B")
+@setting("--dtype", "cache.dtype")
+@setting("--backend", "cache.backend")
+@setting("--shard-size", "source.shard_size", metavar="N")
+@setting("--batch-size", "extract.batch_size", metavar="N")
+@setting("--workers", "extract.workers", metavar="N")
+@setting("--device", "extract.device", metavar="NAME")
+@click.option("--worker", metavar="I/N", help="share I (from 0) of N; torchrun and SLURM arrays need no such option")
+@setting("--seed", "views.seed", metavar="N")
+@setting("--strict", "extract.strict")
+@dry_run_option
+def extract(pipeline: str | None, worker: str | None, dry_run: bool, **settings: object) -> int:
+    """Stage one: run the teacher over the planned views and publish its features.
+
+    The same command again finishes what is missing; a larger --views adds views.
+    """
+    config = _resolve(pipeline, settings, "source.train", "cache.url", "teacher.name")
+    split = job_split(worker)
+    console.set_quiet(split.local_index > 0)  # one voice per machine; each --worker has a console of its own
+    from vkd_cache.stages.extract import extract as run
+
+    return run(config, split, dry_run=dry_run).exit_code
+
+
+@cli.command(short_help="train a student from the cache")
+@pipeline_argument
+@setting("--source", "source.train", metavar="PATH")
+@setting("--val", "source.val", metavar="PATH", help_text=_VAL_HELP)
+@setting("--cache", "cache.url", metavar="URL")
+@setting("--student", "student.name", metavar="NAME")
+@setting("--epochs", "train.epochs", metavar="N")
+@setting("--batch-size", "train.batch_size", metavar="N")
+@setting("--lr", "train.lr", metavar="X")
+@setting("--output", "train.output", metavar="DIR")
+@setting("--resume", "train.resume", metavar="auto|FILE")
+@setting("--seed", "train.seed", metavar="N")
+@setting("--amp", "train.amp")
+@setting("--live-teacher", "train.live_teacher")
+@setting("--workers", "train.workers", metavar="N")
+@setting("--device", "train.device", metavar="NAME")
+@dry_run_option
+def train(pipeline: str | None, dry_run: bool, **settings: object) -> int:
+    """Stage two: train a student from the cache, with no teacher in the process.
+
+    Under torchrun every rank runs this same command.
+    """
+    config = _resolve(pipeline, settings, "source.train", "student.name", "train.output")
+    if config.train.live_teacher:
+        _require(config, "teacher.name")
+    elif config.loss.feature_weight or config.loss.logit_weight:
+        _require(config, "cache.url")
+    split = _ranks()
+    from vkd_cache.stages.train import train as run
+
+    run(config, split, dry_run=dry_run)
+    return 0
+
+
+@cli.command("eval", short_help="accuracy of a student, a teacher, or a cache")
+@pipeline_argument
+@setting("--source", "source.val", metavar="PATH", help_text=_VAL_HELP)
+@click.option("--checkpoint", default="", metavar="FILE", help="checkpoint of a student: ours or the VkD authors'")
+@setting("--student", "student.name", metavar="NAME")
+@click.option("--ema", is_flag=True, help="the checkpoint's weight average instead of its weights")
+@setting("--teacher", "teacher.name", metavar="[NAME]", bare=True)
+@setting("--teacher-weights", "teacher.weights", metavar="FILE")
+@setting("--cache", "cache.url", metavar="[URL]", bare=True)
+@setting("--batch-size", "eval.batch_size", metavar="N")
+@setting("--workers", "eval.workers", metavar="N")
+@setting("--device", "eval.device", metavar="NAME")
+@json_option
+def evaluate(pipeline: str | None, checkpoint: str, ema: bool, as_json: bool, **settings: object) -> int:
+    """Stage three: exact top-1 and top-5 of a student, of a teacher, or of the cached teacher.
+
+    --checkpoint evaluates a student, --teacher a network, --cache the views in a cache through the stored head; give
+    one or more. --teacher and --cache without a value take the pipeline's.
+    """
+    asked = {name: settings[f"{name}__{field}"] is not None for name, field in (("teacher", "name"), ("cache", "url"))}
+    if not (checkpoint or any(asked.values())):
+        raise click.UsageError("nothing to evaluate: give --checkpoint FILE, --teacher or --cache, or several of them.")
+    config = _resolve(pipeline, settings)
+    if not config.source.train:  # a layout with train/ and val/ may stand in [source] train
+        _require(config, *(["source.val"] if checkpoint or asked["teacher"] else []))
+    _require(config, *(["student.name"] if checkpoint else []), *(["teacher.name"] if asked["teacher"] else []))
+    _require(config, *(["cache.url"] if asked["cache"] else []))
+    split = _ranks()
+    from vkd_cache.stages.evaluate import EvalRequest
+    from vkd_cache.stages.evaluate import evaluate as run
+
+    request = EvalRequest(checkpoint=checkpoint, ema=ema, **asked)
+    results = run(config, request, split)
+    _present("Evaluation", {"results": [result.to_json() for result in results]}, as_json)
+    return 0
+
+
+@cli.command(short_help="check a cache against its checksums, source and teacher")
+@click.argument("cache_or_pipeline", metavar="CACHE|PIPELINE")
+@setting("--source", "source.train", metavar="PATH")
+@click.option("--pixels", is_flag=True, help="render views again and compare their digests; needs the source")
+@click.option("--teacher", is_flag=True, help="run the teacher again and compare its features; needs the source")
+@setting("--teacher-weights", "teacher.weights", metavar="FILE")
+@click.option("--sample", default=64, metavar="N", type=click.IntRange(min=0), help=_SAMPLE_HELP)
+@setting("--workers", "extract.workers", metavar="N")
+@setting("--device", "extract.device", metavar="NAME")
+@json_option
+def verify(cache_or_pipeline: str, pixels: bool, teacher: bool, sample: int, as_json: bool, **settings: object) -> int:
+    """Check a cache: structure and checksums, and on request its pixels and features.
+
+    CACHE is a directory or URL; a pipeline stands for its [cache] url.
+    """
+    if _is_cache(cache_or_pipeline):
+        config = _resolve(None, settings | {"cache__url": cache_or_pipeline})
+    else:
+        config = _resolve(cache_or_pipeline, settings, "cache.url")
+    if pixels or teacher:
+        _require(config, "source.train")
+    from vkd_cache.stages.verify import VerifyRequest
+    from vkd_cache.stages.verify import verify as run
+
+    request = VerifyRequest(
+        url=config.cache.url, source=config.source.train, pixels=pixels, teacher=teacher, sample=sample
+    )
+    report = run(config, request)
+    _present("Verification", report.to_json(), as_json)
+    return report.exit_code
+
+
+@cli.command(short_help="measure the gap between cache and live teacher")
+@pipeline_argument
+@setting("--source", "source.train", metavar="PATH")
+@setting("--cache", "cache.url", metavar="URL")
+@setting("--student", "student.name", metavar="NAME")
+@setting("--teacher", "teacher.name", metavar="NAME")
+@setting("--teacher-weights", "teacher.weights", metavar="FILE")
+@click.option("--steps", default=100, metavar="N", type=click.IntRange(min=1), help="steps of each run; default: 100")
+@setting("--batch-size", "train.batch_size", metavar="N")
+@setting("--device", "train.device", metavar="NAME")
+@setting("--output", "train.output", metavar="DIR")
+@json_option
+def compare(pipeline: str | None, steps: int, as_json: bool, **settings: object) -> int:
+    """Train the same steps from the cache and with the live teacher, and measure the gap.
+
+    In lockstep, both losses at the same student weights, and free-running, each on its own.
+    """
+    config = _resolve(pipeline, settings, "source.train", "cache.url", "student.name", "teacher.name", "train.output")
+    from vkd_cache.stages.compare import compare as run
+
+    _present("Cache against live teacher", run(config, steps=steps).to_json(), as_json)
+    return 0
+
+
+@cli.command(short_help="all of it on real digits, on a CPU, in minutes")
+@click.argument("pipeline", default="demo")
+@click.option("--output", default="vkd-cache-demo", metavar="DIR", help="default: vkd-cache-demo, here")
+@click.option("--short", is_flag=True, help="fewer steps and seeds: shows that all of it runs, not what it gains")
+@json_option
+def demo(pipeline: str, output: str, short: bool, as_json: bool) -> int:
+    """All of it on real digits, on a CPU, in minutes: teacher, cache, students, checks, one table."""
+    config = _resolve(pipeline, {})
+    from vkd_cache.stages.demo import demo as run
+
+    _present("Demo", run(config, Path(output), short=short).to_json(), as_json)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the program with `arguments`, default those of the process, and exit."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    sys.exit(guarded(lambda: cli.main(given, prog_name="vkd-cache", standalone_mode=False)))
+
+
+def guarded(command: Callable[[], int | None]) -> int:
+    """The exit code of `command`; what a user can cause becomes one message, a bug of ours keeps its traceback."""
+    with _warnings_as_lines():
+        try:
+            return command() or 0
+        except click.ClickException as error:
+            error.show()
+            return error.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            return _fail("interrupted.", 130)
+        except ConfigError as error:
+            return _fail(str(error), 2)
+        except VkdCacheError as error:
+            return _fail(str(error), 1)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            return _fail(f"{where}{error.strerror or error or type(error).__name__}", 1)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported
+                raise
+            return _fail(f"{error} Use a smaller --batch-size.", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"Error: {message}", err=True)
+    return code
+
+
+def _resolve(pipeline: str | None, settings: Mapping[str, object], *needed: str) -> Config:
+    """Defaults < pipeline < options; settings are named `section__field`, and None or "" was not given."""
+    overrides: dict[str, dict[str, object]] = {}
+    for name, value in settings.items():
+        if value is not None and value != "":
+            section, _, field = name.partition("__")
+            overrides.setdefault(section, {})[field] = value
+    config = load_config(pipeline, overrides)
+    _require(config, *needed)
+    return config
+
+
+def _require(config: Config, *keys: str) -> None:
+    """Name every one of `keys` ("section.field") that this run needs and nobody gave."""
+    command = click.get_current_context().command
+    flags = {option.name: option.opts[0] for option in command.params}
+    missing = []
+    for key in keys:
+        section, _, name = key.partition(".")
+        if not getattr(getattr(config, section), name):
+            flag = flags.get(f"{section}__{name}")
+            missing.append(f"[{section}] {name}" + (f" ({flag})" if flag else ""))
+    if missing:
+        raise ConfigError(
+            f"{command.name}: nothing says {', '.join(missing)}. Give the option, or a pipeline file that has it."
+        )
+
+
+def _is_cache(text: str) -> bool:
+    """Whether `verify`'s argument is a cache rather than a pipeline.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if "://" in text or Path(text).is_dir():
+        return True
+    try:
+        find_pipeline(text)
+    except ConfigError as error:
+        raise ConfigError(f"{text}: no such cache directory. As a pipeline: {error}") from error
+    return False
+
+
+def _ranks() -> JobSplit:
+    split = rank_split()
+    console.set_quiet(split.index > 0)
+    return split
+
+
+def _present(title: str, document: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+    else:
+        console.show_document(title, document)
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Show Python warnings as one line each, without a place in somebody's source code."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        console.warn(" ".join(str(message).split()))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
