@@ -10,6 +10,7 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from vkd_cache import __version__
 from vkd_cache.errors import ConfigError
 
 
@@ -31,26 +32,46 @@ def job_split(worker: str | None = None) -> JobSplit:
     if worker is not None:
         given_index, _, given_count = worker.partition("/")
         return _split("--worker", given_index, given_count, local="0")
+    if "SLURM_ARRAY_TASK_ID" in os.environ and not _under_torchrun():
+        return _slurm_array()
+    return rank_split()
+
+
+def rank_split() -> JobSplit:
+    """This process' rank among those that train together: torchrun's, else the whole job.
+
+    Not `job_split`: the tasks of a SLURM array share out an extraction, but each of them trains a model of its own.
+
+    Raises:
+        ConfigError: the environment's numbers are not consistent.
+    """
+    if not _under_torchrun():
+        return JobSplit()
     environment = os.environ
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        return _split(
-            "RANK/WORLD_SIZE", environment["RANK"], environment["WORLD_SIZE"], environment.get("LOCAL_RANK", "0")
+    return _split("RANK/WORLD_SIZE", environment["RANK"], environment["WORLD_SIZE"], environment.get("LOCAL_RANK", "0"))
+
+
+def _under_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _slurm_array() -> JobSplit:
+    # arrays may start anywhere (--array=1-8) and be strided; only MIN, MAX and COUNT together say where we stand
+    task, first, last, count = (
+        os.environ.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ("ID", "MIN", "MAX", "COUNT")
+    )
+    try:
+        steps, span, offset = int(count) - 1, int(last) - int(first), int(task) - int(first)
+    except ValueError:
+        steps, span, offset = -1, 0, 0
+    stride = span // steps if steps > 0 else 1
+    if steps < 0 or stride < 1 or stride * steps != span or offset % stride:
+        # of --array=0,1,9 nobody but the scheduler knows which task is the second
+        raise ConfigError(
+            f"SLURM_ARRAY_TASK_*: found ID={task!r} MIN={first!r} MAX={last!r} COUNT={count!r}, expected evenly spaced "
+            "whole numbers (--array=0-7). Give --worker I/N instead."
         )
-    if "SLURM_ARRAY_TASK_ID" in environment:
-        # arrays may start anywhere (--array=1-8) and be strided; only MIN, MAX and COUNT together say where we stand
-        task, first, last, count = (
-            environment.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ("ID", "MIN", "MAX", "COUNT")
-        )
-        try:
-            step = max(1, (int(last) - int(first)) // max(1, int(count) - 1))
-            index = (int(task) - int(first)) // step
-        except ValueError as error:
-            raise ConfigError(
-                f"SLURM_ARRAY_TASK_*: found ID={task!r} MIN={first!r} MAX={last!r} COUNT={count!r}, expected whole "
-                "numbers. Give --worker I/N instead."
-            ) from error
-        return _split("SLURM_ARRAY_TASK_ID", str(index), count, local=environment.get("SLURM_LOCALID", "0"))
-    return JobSplit()
+    return _split("SLURM_ARRAY_TASK_ID", str(offset // stride), count, local=os.environ.get("SLURM_LOCALID", "0"))
 
 
 def _split(where: str, index: str, count: str, local: str) -> JobSplit:
@@ -92,7 +113,7 @@ def library_versions() -> dict[str, str]:
     """Versions of everything that can change a pixel or a feature, and of Python and vkd-cache."""
     from PIL import features
 
-    found = {"python": platform.python_version(), "vkd_cache": _version("vkd-cache")}
+    found = {"python": platform.python_version(), "vkd_cache": __version__}
     for name in ("numpy", "pillow", "timm", "torch", "torchvision", "zarr"):
         found[name] = _version(name)
     found["libjpeg"] = str(features.version("libjpeg_turbo") or features.version("jpg") or "unknown")
