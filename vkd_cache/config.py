@@ -45,7 +45,11 @@ class ViewsConfig:
     recipe: str = option(
         "vkd", "view recipe", choices=("vkd", "randaugment", "crop_flip", "none")
     )
-    count: str = option("1", "views to extract: a count N (views 0..N-1) or a range A:B (views A..B-1)")
+    count: str = option(
+        "",
+        "views: a count N (views 0..N-1) or a range A:B (views A..B-1); empty: 1 to extract, and a fresh view for "
+        "every epoch when training without a cache",
+    )
     size_px: int = option(224, "height and width of a view, pixels", minimum=8, maximum=4096)
     seed: int = option(0, "cache seed: the root of every draw of the plan", minimum=0, maximum=2**63 - 1)
     mix_probability: float | None = option(
@@ -248,12 +252,12 @@ def config_to_json(config: Config) -> dict[str, Any]:
 
 
 def parse_view_range(text: str) -> range:
-    """`"4"` -> views 0..3; `"2:6"` -> views 2..5.
+    """`"4"` -> views 0..3; `"2:6"` -> views 2..5; nothing: view 0.
 
     Raises:
         ConfigError: neither form, or an empty range.
     """
-    first, _, last = text.rpartition(":")
+    first, _, last = (text or "1").rpartition(":")
     try:
         views = range(int(first or 0), int(last))
     except ValueError:
