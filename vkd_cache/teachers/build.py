@@ -67,14 +67,17 @@ def build(config: TeacherConfig, *, num_classes: int, view_px: int) -> BuiltTeac
 
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    return f"[teacher] name: found '{name}', which timm {timm.__version__} does not know{hint} (or package.module:callable)"
+    hint = f"; did you mean '{near[0]}'?" if near else "."
+    return (
+        f"[teacher] name: found '{name}', which timm {timm.__version__} does not know{hint} Expected a timm model, "
+        "or package.module:callable."
+    )
 
 
 def _build_pretrained(config: TeacherConfig, view_px: int) -> BuiltTeacher:
     cfg = timm.get_pretrained_cfg(config.name)
     available = int(cfg.num_classes) if cfg is not None else 0
-    if config.num_classes and available and config.num_classes != available:
+    if cfg is not None and config.num_classes not in (0, available):
         raise TeacherError(
             f"[teacher] num_classes: found {config.num_classes}, but timm's pretrained '{config.name}' has {available} "
             "and another head would be random. Leave num_classes out, or give --teacher-weights FILE."
@@ -90,7 +93,7 @@ def _build_pretrained(config: TeacherConfig, view_px: int) -> BuiltTeacher:
 
 
 def _build_from_file(config: TeacherConfig, state: State, num_classes: int, view_px: int) -> BuiltTeacher:
-    classes = config.num_classes or _classes_in(config.name, state) or num_classes
+    classes = config.num_classes or _classes_in(config.name, state, num_classes)
     sizes = _input_sizes(config, view_px)
     model = nn.Module()
     for input_px in sizes:  # of a model whose parameters depend on the input size: the size the file was saved at
@@ -188,14 +191,16 @@ def _triple(value: object) -> tuple[float, float, float] | None:
     return None
 
 
-def _classes_in(name: str, state: State) -> int:
-    """Rows of the classifier's weight in a file, or 0 where timm does not say which tensor that is."""
+def _classes_in(name: str, state: State, num_classes: int) -> int:
+    """Rows of the classifier's weight in a file; 0 for an architecture without a head; else `num_classes`."""
     cfg = timm.get_pretrained_cfg(name)
     classifier = getattr(cfg, "classifier", None)
     if isinstance(classifier, (tuple, list)):
         classifier = classifier[0]
     weight = state.get(f"{classifier}.weight")
-    return int(weight.shape[0]) if weight is not None else 0
+    if weight is not None:
+        return int(weight.shape[0])
+    return 0 if cfg is not None and cfg.num_classes == 0 else num_classes
 
 
 def _renamed_by_timm(model: nn.Module, state: State) -> State:

@@ -17,7 +17,7 @@ POOLED, LOGITS, FEATURE_MAP = "pooled", "logits", "feature_map"
 
 
 class Tap(Protocol):
-    """Runs a network on normalised pixels (B, 3, H, W) and returns the asked nodes, logits always among them or not."""
+    """Runs a network on normalised pixels (B, 3, H, W) and returns at least the asked nodes."""
 
     def __call__(self, pixels: Tensor, nodes: Collection[str]) -> dict[str, Tensor]: ...
 
@@ -97,7 +97,7 @@ class HookedTap:
 def as_feature_map(model: nn.Module, features: Tensor, name: str) -> Tensor:
     """The last features of a timm-like network as (B, C, H, W), whatever its own layout.
 
-    Maps (B, H, W, C) are permuted; tokens (B, prefix + N, C) lose their prefix tokens and are laid out on the patch grid.
+    Maps (B, H, W, C) are permuted; tokens (B, prefix + N, C) lose their prefix and are laid out on the patch grid.
 
     Raises:
         TeacherError: tokens whose grid the network does not state, or something that is neither.

@@ -28,8 +28,8 @@ class Teacher(nn.Module):
     """A frozen network that maps pixels to nodes.
 
     Attributes:
-        identity: name, weights_sha256, timm (version), input_px, mean, std, interpolation, num_classes, width (channels of
-            `pooled`, None where it cannot be tapped): JSON values, for the manifest.
+        identity: name, weights_sha256, timm (version), input_px, mean, std, interpolation, num_classes (0: no head),
+            width (channels of `pooled`, None where that is not asked for): JSON values, for the manifest.
         nodes: names that `forward` returns, in order.
         node_shapes: shape of each node for one image.
     """
@@ -38,6 +38,8 @@ class Teacher(nn.Module):
         super().__init__()
         self.model = built.model
         self.input_px = built.input_px
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(built.mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(built.std).reshape(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
@@ -45,12 +47,15 @@ class Teacher(nn.Module):
         self.training = False
         probe = self._normalised(_probe_images(self.input_px))
         self._tap = make_tap(self.model, name, probe)
-        self._head = self._linear_head(probe) if POOLED in nodes else None
+        headless = getattr(self.model, "num_classes", None) == 0  # timm's feature extractors (DINO, MAE, ...)
+        if headless and LOGITS in nodes:
+            raise TeacherError(f"{name}: has no classifier, so there is no node 'logits'. Ask for 'pooled'.")
+        found = self._run_probe(name, probe, nodes)
+        self._head = self._linear_head(found) if POOLED in nodes and not headless else None
         stored = dict.fromkeys(nodes)  # an ordered set
-        if POOLED in stored and self._head is None:
+        if POOLED in stored and self._head is None and not headless:
             stored[LOGITS] = None
         self.nodes = tuple(stored)
-        found = self._check_nodes(name, probe)
         self.node_shapes = {node: tuple(found[node].shape[1:]) for node in self.nodes}
         self.identity: dict[str, Any] = {
             "name": name,
@@ -60,18 +65,25 @@ class Teacher(nn.Module):
             "mean": list(built.mean),
             "std": list(built.std),
             "interpolation": "bicubic",
-            "num_classes": found[LOGITS].shape[1],
+            "num_classes": 0 if headless else found[LOGITS].shape[1],
             "width": found[POOLED].shape[1] if POOLED in found else None,
         }
 
     @property
     def head(self) -> tuple[Tensor, Tensor] | None:
-        """(weight (K, C), bias (K,)) float32 with logits = pooled @ weight.T + bias; None where no linear head does it."""
+        """(weight (K, C), bias (K,)) float32 with logits = pooled @ weight.T + bias; None where that does not hold."""
         if self._head is None:
             return None
         weight = self._head.weight.detach().float().flatten(1)
         bias = self._head.bias
         return weight, weight.new_zeros(weight.shape[0]) if bias is None else bias.detach().float()
+
+    def head_tensors(self) -> dict[str, Tensor] | None:
+        """`weight` (K, C) and `bias` (K,) of `head` as float32 on the CPU, as a cache stores them; None without one."""
+        if self.head is None:
+            return None
+        weight, bias = self.head
+        return {"weight": weight.cpu().contiguous(), "bias": bias.cpu().contiguous()}
 
     def train(self, mode: bool = True) -> Self:
         """Does nothing: a teacher is in evaluation mode whatever the module that holds it does."""
@@ -97,37 +109,35 @@ class Teacher(nn.Module):
                 pixels, (self.input_px, self.input_px), mode="bicubic", antialias=True, align_corners=False
             )
             pixels = resized.clamp(0.0, 1.0)  # bicubic overshoots, and no image has values outside
-        return (pixels - self.get_buffer("mean").to(pixels)) / self.get_buffer("std").to(pixels)
+        return (pixels - self.mean.to(pixels)) / self.std.to(pixels)
 
     @torch.no_grad()
-    def _linear_head(self, probe: Tensor) -> nn.Linear | nn.Conv2d | None:
+    def _run_probe(self, name: str, probe: Tensor, nodes: Sequence[str]) -> dict[str, Tensor]:
+        """`nodes` and `logits` of the probe images.
+
+        Raises:
+            TeacherError: the network's plain forward gives other logits: it is random in evaluation mode (a functional
+                dropout left on), or its taps are not what it computes.
+        """
+        found = self._tap(probe, (*nodes, LOGITS))
+        logits = self._tap(probe, (LOGITS,))[LOGITS]
+        if not _close(found[LOGITS], logits):
+            raise TeacherError(
+                f"{name}: two runs on the same images give different logits: the network is random in evaluation mode "
+                "(dropout that ignores it?), or its forward is not forward_head(forward_features). Its features cannot "
+                "be cached."
+            )
+        return found
+
+    def _linear_head(self, found: dict[str, Tensor]) -> nn.Linear | nn.Conv2d | None:
         """The classifier, where it alone reproduces the network's logits from `pooled`."""
         layer = self._tap.classifier()
         if not (isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))):
             return None
-        pooled = self._tap(probe, (POOLED,))[POOLED]
-        logits = self._tap(probe, (LOGITS,))[LOGITS]
         weight = layer.weight.flatten(1)
-        if weight.shape != (logits.shape[1], pooled.shape[1]):
+        if weight.shape != (found[LOGITS].shape[1], found[POOLED].shape[1]):
             return None
-        return layer if _close(functional.linear(pooled, weight, layer.bias), logits) else None
-
-    @torch.no_grad()
-    def _check_nodes(self, name: str, probe: Tensor) -> dict[str, Tensor]:
-        """All nodes, and `logits`, of the probe images, computed twice.
-
-        Raises:
-            TeacherError: the two differ: the network is random in evaluation mode (a functional dropout left on).
-        """
-        wanted = tuple(dict.fromkeys((*self.nodes, LOGITS)))
-        first, second = self._tap(probe, wanted), self._tap(probe, wanted)
-        for node in wanted:
-            if not _close(first[node], second[node]):
-                raise TeacherError(
-                    f"{name}: node '{node}' differs between two runs on the same images: the network is random in "
-                    "evaluation mode (dropout that ignores it?). Its features cannot be cached."
-                )
-        return first
+        return layer if _close(functional.linear(found[POOLED], weight, layer.bias), found[LOGITS]) else None
 
 
 def load_teacher(config: TeacherConfig, *, nodes: Sequence[str], num_classes: int, view_px: int) -> Teacher:

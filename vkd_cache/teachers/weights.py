@@ -30,9 +30,9 @@ _MAX_LISTED = 3
 def read_weights(path: str) -> State:
     """The tensors of a weights file by parameter name.
 
-    Accepted are safetensors files (known by content, not by suffix) and torch files holding a state dict, plain or under
-    `model`, `state_dict` or `student`, with or without `module.` prefixes; of a checkpoint of `vkd-cache train` the
-    network is taken and the projector left out.
+    Accepted are safetensors files (known by content, not by suffix) and torch files holding a state dict, plain or
+    under `model`, `state_dict` or `student`, with or without `module.` prefixes; of a checkpoint of `vkd-cache train`
+    the network is taken and the projector left out.
 
     Raises:
         TeacherError: no such file, neither format, something else than tensors and plain values inside, no state dict.
