@@ -1,0 +1,137 @@
+"""From what a user writes after `--source` to an opened source."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import braceexpand
+
+from vkd_cache.errors import SourceError
+from vkd_cache.sources.findings import first_few
+from vkd_cache.sources.folder import FolderSource, class_folders, image_files
+from vkd_cache.sources.shard import Source
+from vkd_cache.sources.tars import TarSource
+
+_SPLITS = ("train", "val", "test")
+
+
+def open_source(spec: str, *, split: str = "train", shard_size: int = 1024) -> Source:
+    """Open and index a data set.
+
+    Args:
+        spec: a folder of classes; a folder with train/ and val/; a folder of tars; or one tar, or a brace or glob
+            pattern of tars.
+        split: which of train/ and val/, where the folder has them; without effect on the other forms.
+        shard_size: samples per shard of a folder source; tar shards keep their own.
+
+    Raises:
+        SourceError: nothing is there, or the data set cannot be used as it is; see `docs/sources.md`.
+    """
+    if not spec:
+        raise SourceError("no source given, expected a folder of classes or a pattern of tars. Give --source.")
+    if "://" in spec or spec.startswith("pipe:"):
+        raise SourceError(f"{spec}: sources are local files, expected a folder or a pattern of tars. Copy or mount it.")
+    root = Path(spec).expanduser()
+    if root.is_dir():
+        return _open_folder(root, spec, split, shard_size)
+    if ".tar" in spec:
+        return TarSource(expand_pattern(spec), location=spec)
+    found = "a file that is not a .tar" if root.exists() else "nothing"
+    raise SourceError(
+        f"{spec}: found {found} there, expected a folder of classes (root/class/image.jpg), a folder with train/ and "
+        "val/, or a pattern of .tar shards. Check the path."
+    )
+
+
+def validation_beside(spec: str) -> str | None:
+    """Where the validation split lies when only the training split is given: to be opened with `split="val"`.
+
+    The folder itself when it holds train/ and val/; `val` beside a folder named train; None for anything else.
+    """
+    root = Path(spec).expanduser()
+    if not spec or not root.is_dir():
+        return None
+    if _is_split_layout(root) and (root / "val").is_dir():
+        return spec
+    beside = Path(os.path.abspath(root)).parent / "val"  # noqa: PTH100 - of the name given, not of a link's target
+    return str(beside) if Path(os.path.abspath(root)).name == "train" and beside.is_dir() else None  # noqa: PTH100
+
+
+def expand_pattern(pattern: str) -> list[str]:
+    """The tars a pattern names: braces in their own order, and what each glob finds sorted.
+
+    Raises:
+        SourceError: a brace that is not closed, a tar that is missing or named twice, or a glob that finds nothing.
+    """
+    if Path(pattern).is_file():
+        return [pattern]
+    try:
+        parts = list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise SourceError(f"{pattern}: braces do not match, expected for example train-{{000..146}}.tar.") from error
+    paths = [path for part in parts for path in _expand_glob(os.path.expanduser(part))]  # noqa: PTH111
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing:
+        raise SourceError(
+            f"{pattern}: {len(missing)} of {len(paths)} tars are missing: {first_few(missing)}. Check the pattern, or "
+            "copy what is missing: a run on part of a data set is never started silently."
+        )
+    twice = [path for path, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise SourceError(f"{pattern}: names {len(twice)} tars twice: {first_few(twice)}. Name each once.")
+    return paths
+
+
+def _expand_glob(part: str) -> Iterator[str]:
+    if Path(part).is_file() or not glob.has_magic(part):
+        yield part
+        return
+    found = sorted(glob.glob(part, recursive=True))  # noqa: PTH207 - keeps the spelling that the user gave
+    if not found:
+        raise SourceError(
+            f"{part}: the pattern matches no file. Check it, and quote it, so that the shell leaves it alone."
+        )
+    yield from found
+
+
+def _open_folder(root: Path, spec: str, split: str, shard_size: int) -> Source:
+    class_names = None
+    if _is_split_layout(root):
+        folder = root / split
+        if not folder.is_dir():
+            there = [name for name in _SPLITS if (root / name).is_dir()]
+            raise SourceError(
+                f"{spec}: no {split}/ there, found {', '.join(f'{name}/' for name in there)}. Give the folder of the "
+                "split itself, or add the missing one."
+            )
+        if split != "train" and (root / "train").is_dir():
+            class_names = class_folders(root / "train") or None  # labels have to mean the same in both
+        root = folder
+    folders = class_folders(root)
+    tars = sorted(str(path) for path in root.glob("*.tar") if not path.name.startswith("."))
+    if tars and not folders:
+        return TarSource(tars, location=spec)
+    return FolderSource(root, shard_size=shard_size, location=spec, class_names=class_names)
+
+
+def _is_split_layout(root: Path) -> bool:
+    """Whether the folders in `root` are splits, not classes.
+
+    Raises:
+        SourceError: train/ and val/ beside other folders with images: which is meant cannot be told.
+    """
+    folders = class_folders(root)
+    others = [name for name in folders if name not in _SPLITS]
+    if "train" not in folders and "val" not in folders:
+        return False
+    if others and not ("train" in folders and "val" in folders):
+        return False  # one class of many may well be called train
+    with_images = [name for name in others if any(True for _ in image_files(root, name))]
+    if with_images:
+        raise SourceError(
+            f"{root}: has train/ and val/, and other folders with images beside them ({first_few(with_images)}): are "
+            "these splits or classes? Give the folder of the split itself, or move the others away."
+        )
+    return True
