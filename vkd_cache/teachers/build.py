@@ -58,24 +58,33 @@ def build(config: TeacherConfig, *, num_classes: int, view_px: int) -> BuiltTeac
         match = _CALLABLE.fullmatch(config.name)
         if match is not None:
             return _build_callable(config, match, state, num_classes, view_px)
-        if not timm.is_model(config.name):
-            raise TeacherError(_unknown(config.name))
         if state is None:
             return _build_pretrained(config, view_px)
         return _build_from_file(config, state, num_classes, view_px)
 
 
-def _unknown(name: str) -> str:
+def _timm_cfg(name: str) -> Any:
+    """What timm knows of a model; None for an architecture of which nothing was published.
+
+    Raises:
+        TeacherError: timm has no such model, or no such tag of it.
+    """
+    if timm.is_model(name):
+        try:
+            return timm.get_pretrained_cfg(name)
+        except RuntimeError as error:  # the architecture is known, the tag is not
+            tags = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")) or "none"
+            raise TeacherError(f"[teacher] name: found '{name}', a tag that timm does not know; it has {tags}.") from error
     near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=1)
     hint = f"; did you mean '{near[0]}'?" if near else "."
-    return (
+    raise TeacherError(
         f"[teacher] name: found '{name}', which timm {timm.__version__} does not know{hint} Expected a timm model, "
         "or package.module:callable."
     )
 
 
 def _build_pretrained(config: TeacherConfig, view_px: int) -> BuiltTeacher:
-    cfg = timm.get_pretrained_cfg(config.name)
+    cfg = _timm_cfg(config.name)
     available = int(cfg.num_classes) if cfg is not None else 0
     if cfg is not None and config.num_classes not in (0, available):
         raise TeacherError(
@@ -141,7 +150,7 @@ def _import_callable(name: str, module: str, attribute: str) -> Callable[..., ob
 
 def _create(name: str, *, pretrained: bool, input_px: int, num_classes: int | None = None) -> nn.Module:
     """timm's model; the size is passed on only where it is not the architecture's own."""
-    cfg = timm.get_pretrained_cfg(name)
+    cfg = _timm_cfg(name)
     arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if cfg is not None and cfg.fixed_input_size and input_px != cfg.input_size[-1]:
         arguments["img_size"] = input_px
@@ -157,7 +166,7 @@ def _create(name: str, *, pretrained: bool, input_px: int, num_classes: int | No
 
 def _input_sizes(config: TeacherConfig, view_px: int) -> list[int]:
     """Input sizes to try: what is asked for, else the architecture's own where it is fixed, and the view's."""
-    cfg = timm.get_pretrained_cfg(config.name)
+    cfg = _timm_cfg(config.name)
     if config.input_px:
         return [config.input_px]
     if cfg is not None and cfg.fixed_input_size:
@@ -193,7 +202,7 @@ def _triple(value: object) -> tuple[float, float, float] | None:
 
 def _classes_in(name: str, state: State, num_classes: int) -> int:
     """Rows of the classifier's weight in a file; 0 for an architecture without a head; else `num_classes`."""
-    cfg = timm.get_pretrained_cfg(name)
+    cfg = _timm_cfg(name)
     classifier = getattr(cfg, "classifier", None)
     if isinstance(classifier, (tuple, list)):
         classifier = classifier[0]

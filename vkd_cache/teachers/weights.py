@@ -6,6 +6,7 @@ weights as safetensors, as a torch file, nested, prefixed or fetched by timm are
 
 import argparse
 import hashlib
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -106,7 +107,8 @@ def _parse_safetensors(path: str, data: bytes) -> State:
 def _parse_torch(path: str) -> object:
     # argparse's options lie in most training checkpoints; a Namespace holds values and runs nothing
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its remarks on other pickle protocols; what fails is told below
             document: object = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise TeacherError(
@@ -124,10 +126,9 @@ def _parse_torch(path: str) -> object:
 
 def _reason(error: Exception) -> str:
     """The telling line of torch's long message, without its advice to load the file unsafely."""
-    text = str(error)
-    _, found, rest = text.partition("WeightsUnpickler error: ")
-    lines = [line.strip() for line in (rest if found else text).splitlines() if line.strip()]
-    return lines[0][:160].rstrip(".") if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "weights_only" not in line] or lines
+    return telling[0][:160].rstrip(".") if telling else type(error).__name__
 
 
 def _as_state(path: str, document: object) -> State:
