@@ -1,0 +1,102 @@
+"""Checkpoints of a training run: written whole or not at all, read without executing anything.
+
+`last.pt` is the state to continue from, `best.pt` the best student so far; they are different files. Both hold the
+resolved configuration, so that `eval` can build the student from the file alone.
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vkd_cache.config import Config, config_to_json
+from vkd_cache.errors import CheckpointError, ConfigError
+from vkd_cache.runtime import write_atomic
+from vkd_cache.students.checkpoint import read_torch_file
+
+FORMAT = "vkd-cache checkpoint"
+VERSION = 1
+LAST, BEST = "last.pt", "best.pt"
+
+# What may change between a run and its continuation without changing the result.
+FREE_FIELDS = {
+    "train": {"workers", "device", "output", "resume", "log_every", "checkpoint_every", "tensorboard", "digest_check"},
+    "extract": {"workers", "device", "strict"},
+    "eval": {"workers", "device", "batch_size"},
+    "source": {"train", "val"},
+    "cache": {"url"},
+}
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` to `path` atomically, marked as ours."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "version": VERSION} | state, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A training checkpoint of this project.
+
+    Raises:
+        CheckpointError: not readable, or not one of ours.
+    """
+    state = read_torch_file(path)
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: not a training checkpoint of vkd-cache (found keys {', '.join(sorted(map(str, state))[:6])}), "
+            "so training cannot continue from it. Give the last.pt of a run, or leave --resume out."
+        )
+    if state.get("version") != VERSION:
+        raise CheckpointError(f"{path}: checkpoint version {state.get('version')}, this version reads {VERSION}.")
+    return state
+
+
+def find_checkpoint(config: Config) -> Path | None:
+    """The file that `[train] resume` names: `auto` is the output's own last.pt, where there is one.
+
+    Raises:
+        CheckpointError: a file that does not exist.
+        ConfigError: the output holds a run, and nothing says whether to continue it.
+    """
+    last = Path(config.train.output) / LAST
+    if config.train.resume == "auto":
+        return last if last.is_file() else None
+    if config.train.resume:
+        path = Path(config.train.resume)
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such checkpoint. Give a last.pt, or auto to use the one in --output.")
+        return path
+    if last.is_file():
+        raise ConfigError(
+            f"{config.train.output}: holds a training run. Continue it with --resume auto, or give another --output."
+        )
+    return None
+
+
+def check_same_run(path: Path, state: dict[str, Any], config: Config) -> None:
+    """Refuse to continue a run under a configuration that would change its result.
+
+    Raises:
+        CheckpointError: every differing field with both values.
+    """
+    stored, now = state["config"], config_to_json(config)
+    differences = []
+    for section, fields in now.items():
+        for name, value in fields.items():
+            if name in FREE_FIELDS.get(section, set()):
+                continue
+            # a checkpoint holds what JSON can: tuples come back as lists
+            before = stored.get(section, {}).get(name)
+            if _plain(before) != _plain(value):
+                differences.append(f"  [{section}] {name}: {before!r} in the checkpoint, {value!r} now")
+    if differences:
+        raise CheckpointError(
+            f"{path}: was made with another configuration:\n" + "\n".join(differences) + "\nContinue with the same "
+            "configuration, or start a new run in another --output."
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
