@@ -1,0 +1,260 @@
+"""Node values as stored arrays and back: float32, float16, bfloat16, and two 8-bit codecs.
+
+A newcomer's trap: NumPy has no bfloat16, so its 16 bits are stored as uint16; and half floats are converted by torch,
+which is an order of magnitude faster at it than NumPy.
+
+Shape legend: n samples, C channels, H, W positions.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vkd_cache.cache.schema import NodeSpec
+from vkd_cache.errors import CacheError
+
+Array = npt.NDArray[np.generic]
+
+# Suffix -> dtype of the arrays of each codec. "" is the array with one row per sample.
+CODEC_ARRAYS: dict[str, dict[str, str]] = {
+    "float32": {"": "<f4"},
+    "float16": {"": "<f2"},
+    "bfloat16": {"": "<u2"},
+    "sqrt_uint8": {"": "|u1", ".scale": "<f4"},
+    "token_int8": {"": "|i1", ".scale": "<f4"},
+}
+
+
+def array_shapes(spec: NodeSpec, num_samples: int) -> dict[str, tuple[int, ...]]:
+    """Shape of each stored array of a node, by suffix, for a unit of `num_samples` rows."""
+    shapes = {"": (num_samples, *spec.shape)}
+    if spec.codec == "sqrt_uint8":
+        shapes[".scale"] = spec.shape[:1]
+    if spec.codec == "token_int8":
+        shapes[".scale"] = (num_samples, 1, *spec.shape[1:])
+    return shapes
+
+
+def encode_node(values: torch.Tensor, codec: str) -> dict[str, Array]:
+    """The arrays to store for a node.
+
+    Args:
+        values: (n, C) or (n, C, H, W), any floating dtype, finite; not negative for `sqrt_uint8`.
+        codec: one of `vkd_cache.cache.schema.CODECS`.
+
+    Returns:
+        Array by suffix, see CODEC_ARRAYS.
+
+    Raises:
+        CacheError: a value that the codec cannot hold, with the first such sample.
+    """
+    values = values.detach().to("cpu")
+    if codec == "float32":
+        return {"": _finite(values.to(torch.float32), values, codec).numpy()}
+    if codec == "float16":
+        return {"": _finite(values.to(torch.float16), values, codec).contiguous().numpy()}
+    if codec == "bfloat16":
+        stored = _finite(values.to(torch.bfloat16), values, codec).contiguous()
+        return {"": stored.view(torch.int16).numpy().view(np.uint16)}
+    exact = _finite(values.to(torch.float32), values, codec)
+    return _encode_sqrt_uint8(exact) if codec == "sqrt_uint8" else _encode_token_int8(exact)
+
+
+def _encode_sqrt_uint8(values: torch.Tensor) -> dict[str, Array]:
+    """Per channel over the unit: value = q^2 * scale with q in 0..255 and scale = maximum / 255^2.
+
+    Activations after a ReLU are dense near zero, where a square root has its fine steps.
+    """
+    num_channels = values.shape[1]
+    if not values.numel():
+        return {"": np.zeros(values.shape, np.uint8), ".scale": np.zeros(num_channels, np.float32)}
+    if values.min() < 0:
+        row = int((values < 0).flatten(1).any(1).nonzero()[0, 0])
+        raise CacheError(
+            f"sqrt_uint8: found a negative value in row {row}, expected none. Extract with --dtype float16, or with a "
+            "teacher whose features are never negative."
+        )
+    others = [axis for axis in range(values.ndim) if axis != 1]
+    scale = values.amax(others) / 255.0**2
+    shape = [1, num_channels] + [1] * (values.ndim - 2)
+    inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros(())).reshape(shape)
+    stored = (values * inverse).sqrt_().round_().clamp_(0, 255).to(torch.uint8)
+    return {"": stored.contiguous().numpy(), ".scale": scale.numpy()}
+
+
+def _encode_token_int8(values: torch.Tensor) -> dict[str, Array]:
+    """Per sample (and position): value = q * scale with q in -127..127 and scale = largest magnitude / 127."""
+    scale = values.abs().amax(1, keepdim=True) / 127.0
+    inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros(()))
+    stored = (values * inverse).round_().clamp_(-127, 127).to(torch.int8)
+    return {"": stored.contiguous().numpy(), ".scale": scale.contiguous().numpy()}
+
+
+def _finite(stored: torch.Tensor, values: torch.Tensor, codec: str) -> torch.Tensor:
+    if bool(torch.isfinite(stored).all()):
+        return stored
+    row = int((~torch.isfinite(stored)).flatten(1).any(1).nonzero()[0, 0])
+    if bool(torch.isfinite(values[row]).all()):
+        raise CacheError(
+            f"{codec}: found {float(values[row].abs().max()):g} in row {row}, more than {codec} can hold. "
+            "Extract with --dtype bfloat16 or float32."
+        )
+    raise CacheError(
+        f"node values: found inf or nan in row {row}, expected finite numbers. The teacher overflows: extract with "
+        "--autocast off or bfloat16."
+    )
+
+
+def decode_node(
+    spec: NodeSpec, arrays: Mapping[str, Array], rows: npt.NDArray[np.integer] | slice | None = None
+) -> torch.Tensor:
+    """The values of a node: the inverse of `encode_node`.
+
+    Args:
+        spec: the node.
+        arrays: its stored arrays by suffix.
+        rows: which rows of the unit; None: all.
+
+    Returns:
+        (n, C) or (n, C, H, W): float16 and bfloat16 stay what they are, everything else is float32.
+    """
+    chosen = slice(None) if rows is None else rows
+    if spec.codec == "bfloat16":
+        return _tensor(arrays[""][chosen].view(np.int16)).view(torch.bfloat16)
+    stored = _tensor(arrays[""][chosen])
+    if spec.codec == "sqrt_uint8":
+        scale = _tensor(arrays[".scale"]).reshape([1, -1] + [1] * (stored.ndim - 2))
+        root = stored.to(torch.float32)
+        return root.mul_(root).mul_(scale)  # the square is an exact integer: one rounding in all
+    if spec.codec == "token_int8":
+        return stored.to(torch.float32).mul_(_tensor(arrays[".scale"][chosen]))
+    return stored
+
+
+def _tensor(array: Array) -> torch.Tensor:
+    # torch warns of arrays that it may not write to
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def resolve_codec(
+    name: str, dtype: str, values: torch.Tensor, head: Mapping[str, torch.Tensor] | None = None
+) -> NodeSpec:
+    """The node as it will be stored: its shape and layout read off `values`, its codec decided.
+
+    Args:
+        name: the node's name; `logits` are recognised by it.
+        dtype: what the user asked for, one of `vkd_cache.cache.schema.DTYPES`.
+        values: (n, C) or (n, C, H, W) of the first samples of the first unit, n > 0.
+        head: `weight` (K, C) and `bias` (K,) that turn this node into logits, where there is such a head.
+
+    Raises:
+        CacheError: values that are not finite.
+    """
+    layout = "feature_map" if values.ndim == 4 else "logits" if name == "logits" else "pooled"
+    measured: dict[str, float] = {}
+    codec = dtype
+    if dtype == "auto":
+        codec, measured = choose_codec(name, values, head)
+    elif dtype == "uint8":
+        codec = _eight_bit_codec(name, values)
+    return NodeSpec(
+        name=name, layout=layout, shape=tuple(values.shape[1:]), dtype=dtype, codec=codec, measured=measured
+    )
+
+
+def choose_codec(
+    name: str, values: torch.Tensor, head: Mapping[str, torch.Tensor] | None = None
+) -> tuple[str, dict[str, float]]:
+    """The smallest codec that training cannot tell from float32, by measurement on `values`.
+
+    Returns:
+        The codec, and what was measured of it: `layer_norm_error`, `feature_loss_change` and, with a head or for
+        logits, `logit_loss_change`, all relative and rounded to three digits.
+
+    Raises:
+        CacheError: values that are not finite.
+    """
+    exact = _finite(values.detach().to("cpu", torch.float32), values, "float32")
+    measured: dict[str, float] = {}
+    for codec in (_eight_bit_codec(name, exact), "float16"):
+        spec = NodeSpec(name=name, layout="pooled", shape=tuple(exact.shape[1:]), dtype="auto", codec=codec)
+        try:
+            arrays = encode_node(exact, codec)
+        except CacheError:
+            continue  # float16 that would overflow
+        measured = _loss_effects(name, exact, decode_node(spec, arrays).float(), head)
+        within = {effect: value <= _LIMITS[effect] for effect, value in measured.items()}
+        if all(within.values()):
+            return codec, measured
+    return "float32", dict.fromkeys(measured, 0.0)
+
+
+# Relative effects below which a codec is taken for float32; DESIGN's figures for 8 bits are 0.0043 and 0.00003.
+_LIMITS = {"layer_norm_error": 0.01, "feature_loss_change": 0.005, "logit_loss_change": 0.005}
+_STUDENT_WIDTH = 192
+
+
+def _eight_bit_codec(name: str, values: torch.Tensor) -> str:
+    signed = name == "logits" or (values.numel() > 0 and bool(values.min() < 0))
+    return "token_int8" if signed else "sqrt_uint8"
+
+
+def _loss_effects(
+    name: str, exact: torch.Tensor, stored: torch.Tensor, head: Mapping[str, torch.Tensor] | None
+) -> dict[str, float]:
+    """How much the terms of VkD's loss change for a student that is as near the teacher as its width allows."""
+    if name == "logits":
+        return {"logit_loss_change": _logit_loss_change(exact, stored)}
+    target, coded = _layer_norm(exact), _layer_norm(stored)
+    student = _narrow(target)
+    effects = {
+        "layer_norm_error": _rounded(float((coded - target).norm()), float(target.norm())),
+        "feature_loss_change": _relative_change(
+            float(torch.nn.functional.smooth_l1_loss(student, target)),
+            float(torch.nn.functional.smooth_l1_loss(student, coded)),
+        ),
+    }
+    if head is not None and exact.ndim == 2:
+        weight = head["weight"].detach().to("cpu", torch.float32)
+        bias = head["bias"].detach().to("cpu", torch.float32)
+        logits = [torch.nn.functional.linear(features, weight, bias) for features in (exact, stored)]
+        effects["logit_loss_change"] = _logit_loss_change(*logits)
+    return effects
+
+
+def _layer_norm(values: torch.Tensor) -> torch.Tensor:
+    channels_last = values.movedim(1, -1)
+    return torch.nn.functional.layer_norm(channels_last, channels_last.shape[-1:])
+
+
+def _narrow(target: torch.Tensor) -> torch.Tensor:
+    """(..., C) projected onto a seeded random subspace of a student's width."""
+    num_channels = target.shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(
+        torch.randn(num_channels, max(1, min(_STUDENT_WIDTH, num_channels // 2)), generator=generator)
+    )[0]
+    projected: torch.Tensor = target @ basis @ basis.T
+    return projected
+
+
+def _logit_loss_change(exact: torch.Tensor, stored: torch.Tensor) -> float:
+    student = torch.randn(exact.shape, generator=torch.Generator().manual_seed(0)).log_softmax(1)
+    losses = [
+        float(torch.nn.functional.kl_div(student, logits.log_softmax(1), reduction="batchmean", log_target=True))
+        for logits in (exact, stored)
+    ]
+    return _relative_change(*losses)
+
+
+def _relative_change(before: float, after: float) -> float:
+    return _rounded(abs(after - before), abs(before))
+
+
+def _rounded(difference: float, size: float) -> float:
+    # rounded, because the last digits depend on the machine and the manifest must not
+    if difference == 0:
+        return 0.0
+    return float(f"{difference / size:.3g}") if size > 0 else 1e9

@@ -1,0 +1,139 @@
+"""The two kinds of JSON document of a cache (manifest, record): how they are written, sealed and checked.
+
+A document is canonical bytes: sorted keys, one-space indent, ASCII, a final newline, and a checksum of itself. A
+newcomer's trap: editing one by hand, even its white space, breaks the seal on purpose.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import xxhash
+
+from vkd_cache.errors import CacheFormatError, CorruptCacheError
+
+FORMAT_VERSION = 1
+SEAL = "xxh3_128"
+
+
+def canonical(body: Mapping[str, Any]) -> bytes:
+    """The one way to write `body` as bytes; the same object gives the same bytes on every machine."""
+    return json.dumps(body, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False).encode("ascii") + b"\n"
+
+
+def seal(body: Mapping[str, Any]) -> bytes:
+    """`body` as a document, with the checksum of its canonical bytes as one more field."""
+    return canonical({**body, SEAL: xxhash.xxh3_128_hexdigest(canonical(body))})
+
+
+def unseal(data: bytes, where: str) -> dict[str, Any]:
+    """The body of a document, without its seal.
+
+    Args:
+        data: what was stored.
+        where: the document's address, for messages.
+
+    Raises:
+        CacheFormatError: not a JSON object, or of a format version that this release does not know.
+        CorruptCacheError: changed since it was written.
+    """
+    try:
+        body = json.loads(data.decode("ascii"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CacheFormatError(f"{where}: found bytes that are not JSON ({error}). Is this a cache?") from error
+    if not isinstance(body, dict):
+        raise CacheFormatError(f"{where}: found a JSON {type(body).__name__}, expected an object. Is this a cache?")
+    check_version(body, where)
+    found = body.pop(SEAL, None)
+    try:
+        expected = xxhash.xxh3_128_hexdigest(canonical(body))
+        intact = found == expected and canonical({**body, SEAL: found}) == data
+    except (ValueError, RecursionError) as error:
+        raise CacheFormatError(f"{where}: found a document that cannot be written back ({error}).") from error
+    if not intact:
+        raise CorruptCacheError(
+            f"{where}: changed since it was written: found checksum {found!r}, expected '{expected}'. "
+            "Restore the file, or delete it and extract again."
+        )
+    return body
+
+
+def check_version(body: Mapping[str, Any], where: str) -> None:
+    """Refuse a document of another format version than ours, with what to do about it.
+
+    Raises:
+        CacheFormatError: the version is missing, not a number, or not one that we read.
+    """
+    found = body.get("format_version")
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise CacheFormatError(f"{where}: format_version: found {found!r}, expected {FORMAT_VERSION}. Is this a cache?")
+    if found > FORMAT_VERSION:
+        raise CacheFormatError(
+            f"{where}: found format version {found}, this vkd-cache reads version {FORMAT_VERSION}. "
+            "Upgrade vkd-cache to read this cache."
+        )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+class Fields:
+    """Typed access to one JSON object, with an error that names the field, what was found and what was expected.
+
+    Fields that are never asked for are tolerated: a later release may add some.
+    """
+
+    def __init__(self, body: object, where: str, path: str = "") -> None:
+        if not isinstance(body, dict):
+            raise CacheFormatError(f"{where}: {path or 'document'}: found {_short(body)}, expected an object.")
+        self.body: dict[str, Any] = body
+        self.where = where
+        self.path = path
+
+    def refuse(self, name: str, expected: str) -> CacheFormatError:
+        """The error for field `name`, to be raised."""
+        found = _short(self.body[name]) if name in self.body else "nothing"
+        return CacheFormatError(f"{self.where}: {self.path}{name}: found {found}, expected {expected}.")
+
+    def text(self, name: str, choices: tuple[str, ...] = ()) -> str:
+        """A string, one of `choices` where there are any."""
+        value = self.body.get(name)
+        if not isinstance(value, str) or (choices and value not in choices):
+            raise self.refuse(name, f"one of {', '.join(choices)}" if choices else "a string")
+        return value
+
+    def whole(self, name: str, minimum: int = 0, maximum: int = 2**63 - 1) -> int:
+        """A whole number from `minimum` to `maximum`."""
+        value = self.body.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise self.refuse(name, f"a whole number from {minimum} to {maximum}")
+        return value
+
+    def wholes(self, name: str, minimum: int = 0, maximum: int = 2**63 - 1) -> tuple[int, ...]:
+        """A list of whole numbers from `minimum` to `maximum`."""
+        value = self.body.get(name)
+        if not isinstance(value, list) or not all(
+            isinstance(entry, int) and not isinstance(entry, bool) and minimum <= entry <= maximum for entry in value
+        ):
+            raise self.refuse(name, f"a list of whole numbers from {minimum} to {maximum}")
+        return tuple(value)
+
+    def object(self, name: str) -> dict[str, Any]:
+        """A JSON object, as it is."""
+        value = self.body.get(name)
+        if not isinstance(value, dict):
+            raise self.refuse(name, "an object")
+        return value
+
+    def entries(self, name: str, maximum: int = 2**31) -> list[Any]:
+        """A JSON list of at most `maximum` entries, as it is."""
+        value = self.body.get(name)
+        if not isinstance(value, list) or len(value) > maximum:
+            raise self.refuse(name, f"a list of at most {maximum} entries")
+        return value
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,168 @@
+"""Writing a cache: an exclusive start, then units that are published one by one in any order by any process.
+
+A newcomer's trap: two processes may publish the same unit at once. Both write the same bytes, so the last one to
+rename changes nothing.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import safetensors.torch
+import torch
+import xxhash
+
+from vkd_cache.cache.codecs import Array, encode_node
+from vkd_cache.cache.documents import seal
+from vkd_cache.cache.reader import MANIFEST_PATH, Cache, read_manifest
+from vkd_cache.cache.schema import Manifest, UnitRecord, manifest_differences
+from vkd_cache.cache.storage import Storage, open_storage
+from vkd_cache.cache.units import UnitId, check_columns, pack_unit, record_path, unit_path
+from vkd_cache.errors import CacheError, CacheFormatError, CacheMismatchError
+
+_SHOWN_DIFFERENCES = 20
+
+
+class CacheWriter:
+    """An open cache that units can be published into; made by `create_cache`. Picklable.
+
+    Attributes:
+        cache: the same cache, for reading.
+    """
+
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        self.cache = Cache(storage, manifest)
+        self._storage = storage
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the cache is made from, as it is stored."""
+        return self.cache.manifest
+
+    def published(self, view: int) -> frozenset[int]:
+        """Shards of `view` that are published now."""
+        return self.cache.published_shards(view)
+
+    def publish(
+        self,
+        shard: int,
+        view: int,
+        columns: Mapping[str, Array],
+        nodes: Mapping[str, torch.Tensor],
+        broken: Sequence[tuple[str, int, str]] = (),
+    ) -> UnitRecord:
+        """Store one unit, then its record: after that, and only then, it is published.
+
+        Args:
+            shard: number of the shard.
+            view: number of the view.
+            columns: every column of `vkd_cache.cache.units.COLUMNS`, and `key_bytes`, `key_offsets`; n rows.
+            nodes: (n, ...) values of every node of the manifest, any floating dtype, any device.
+            broken: (key, row in the source shard, reason) of images without a row, in row order.
+
+        Raises:
+            CacheFormatError: columns or nodes that are not what the manifest and the format say.
+            CacheError: values that the node's codec cannot hold.
+        """
+        unit = UnitId(shard, view)
+        path = unit_path(unit, self.manifest.backend)
+        arrays = {**columns, **self._encode(nodes, path)}
+        num_samples = check_columns(arrays, self.manifest, path)
+        data = pack_unit(arrays, self.manifest)
+        record = UnitRecord(
+            shard=shard,
+            view=view,
+            num_samples=num_samples,
+            broken=tuple(broken),
+            files=((path, len(data), xxhash.xxh3_128_hexdigest(data)),),
+            fingerprint=self.cache.fingerprint,
+        )
+        self._storage.put(path, data)
+        self._storage.put(record_path(unit), record.to_bytes())
+        return record
+
+    def write_run_log(self, name: str, data: bytes) -> None:
+        """Store free-form bytes as `runs/<name>`: what a run was asked for and did. Not part of the cache's content."""
+        self._storage.put(f"runs/{name}", data)
+
+    def _encode(self, nodes: Mapping[str, torch.Tensor], where: str) -> dict[str, Array]:
+        wanted = [spec.name for spec in self.manifest.nodes]
+        if sorted(nodes) != sorted(wanted):
+            raise CacheFormatError(f"{where}: found values of nodes {sorted(nodes)}, expected {sorted(wanted)}.")
+        arrays = {}
+        for spec in self.manifest.nodes:
+            try:
+                encoded = encode_node(nodes[spec.name], spec.codec)
+            except CacheError as error:
+                raise CacheError(f"{where}: node '{spec.name}': {error}") from error
+            arrays.update({f"node.{spec.name}{suffix}": array for suffix, array in encoded.items()})
+        return arrays
+
+
+def create_cache(url: str, manifest: Manifest, head: Mapping[str, torch.Tensor] | None = None) -> CacheWriter:
+    """Start the cache at `url`, or join the one that is there, if it is made from the same things.
+
+    Several processes may call this at once: one manifest wins, the others compare theirs with it.
+
+    Args:
+        url: directory or fsspec URL.
+        manifest: what this run makes the cache from; `head` in it is filled in here.
+        head: `weight` (K, C) and `bias` (K,) of the teacher's linear head, where logits are linear in `pooled`.
+
+    Raises:
+        CacheMismatchError: the cache there was made from something else; lists the fields with both values.
+        CacheFormatError: what is there is not a cache, or `manifest` is not one.
+    """
+    storage = open_storage(url)
+    described, head_bytes = describe_head(head)
+    wanted = Manifest.from_json(dataclasses.replace(manifest, head=described).to_json(), f"{url}: new manifest")
+    storage.prepare()
+    if not storage.exists(MANIFEST_PATH):
+        if described is not None:
+            storage.put(described["file"], head_bytes)
+        with contextlib.suppress(FileExistsError):  # another process was first; what it wrote is compared below
+            storage.put(MANIFEST_PATH, seal(wanted.to_json()), exclusive=True)
+    existing = read_manifest(storage)
+    check_same(storage.url, existing, wanted)
+    return CacheWriter(storage, existing)
+
+
+def describe_head(head: Mapping[str, torch.Tensor] | None) -> tuple[dict[str, Any] | None, bytes]:
+    """The manifest's `head` entry and the bytes of the head's file; (None, b"") without a head.
+
+    The file's name carries its content's hash, so that a process that loses the race for the manifest cannot have
+    replaced the winner's head.
+    """
+    if head is None:
+        return None, b""
+    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in sorted(head.items())}
+    data: bytes = safetensors.torch.save(tensors)
+    digest = hashlib.sha256(data).hexdigest()
+    return {"file": f"head-{digest[:16]}.safetensors", "sha256": digest}, data
+
+
+def check_same(url: str, existing: Manifest, wanted: Manifest) -> None:
+    """Compare the fingerprinted parts of two manifests.
+
+    Raises:
+        CacheMismatchError: they differ; lists the fields with both values.
+    """
+    differences = manifest_differences(existing, wanted)
+    if not differences:
+        return
+    lines = [f"  {path}: {_shown(old)} in the cache, {_shown(new)} asked for" for path, old, new in differences]
+    if len(lines) > _SHOWN_DIFFERENCES:
+        lines[_SHOWN_DIFFERENCES:] = [f"  and {len(lines) - _SHOWN_DIFFERENCES} more fields"]
+    raise CacheMismatchError(
+        f"{url}: made from something else than this run asks for:\n" + "\n".join(lines) + "\n"
+        "Use another --cache, or the same settings, data and library versions."
+    )
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, (list, tuple)) and len(value) > 8:
+        return f"{len(value)} entries"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,148 @@
+"""A unit as a zarr v3 group inside one uncompressed zip file, the default container.
+
+Written and read here without the zarr library, which opens the result like any other group (docs/format.md): its own
+price per array, 1-2 ms, would be twice that of the data, and the bytes would change with its releases. A newcomer's
+trap: every array is a single zarr chunk, and reading one row costs as much as reading all.
+"""
+
+import io
+import json
+import math
+import struct
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
+
+from vkd_cache.cache.codecs import Array
+from vkd_cache.cache.schema import Manifest
+from vkd_cache.errors import CacheFormatError
+
+# zarr's names of the dtypes that a unit uses
+_DTYPES = {"uint8": "|u1", "int8": "|i1", "uint16": "<u2", "uint32": "<u4", "uint64": "<u8"} | {
+    "float16": "<f2",
+    "float32": "<f4",
+}
+_NAMES = {np.dtype(code): name for name, code in _DTYPES.items()}
+_ZSTD_LEVEL = 1
+_BYTES_CODEC = {"name": "bytes", "configuration": {"endian": "little"}}
+_ZSTD_CODEC = {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL, "checksum": False}}
+
+# what decides how the bytes of an array are read
+_LAYOUT_FIELDS = ("zarr_format", "node_type", "data_type", "chunk_grid", "chunk_key_encoding", "codecs")
+_MAX_ARRAY_BYTES = 2**40
+_MAX_METADATA_BYTES = 2**20
+_LOCAL_HEADER = struct.Struct("<26xHH")
+
+
+def pack(columns: Mapping[str, Array], manifest: Manifest) -> bytes:
+    """The columns as one zip file; entries in name order, dates fixed."""
+    # dense maps shrink by a tenth for twice the time
+    raw = {f"node.{node.name}" for node in manifest.nodes if node.layout == "feature_map"}
+    group = {"zarr_format": 3, "node_type": "group", "attributes": {"vkd_cache_format": 1}}
+    entries: dict[str, bytes | memoryview] = {"zarr.json": _json(group)}
+    for name, column in columns.items():
+        array = np.ascontiguousarray(column)
+        compressed = name not in raw
+        entries[f"{name}/zarr.json"] = _json(_array_metadata(array.shape, array.dtype, compressed))
+        if array.size:
+            chunk = "/".join(["c"] + ["0"] * array.ndim)
+            content = array.reshape(-1).view(np.uint8).data
+            entries[f"{name}/{chunk}"] = Zstd(level=_ZSTD_LEVEL).encode(content) if compressed else content
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(entries):
+            entry = zipfile.ZipInfo(path, date_time=(1980, 1, 1, 0, 0, 0))
+            entry.create_system = 3
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, entries[path])
+    return stream.getvalue()
+
+
+def _array_metadata(shape: tuple[int, ...], dtype: np.dtype[Any], compressed: bool) -> dict[str, Any]:
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": _NAMES[dtype],
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [max(1, size) for size in shape]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0.0 if dtype.kind == "f" else 0,
+        "codecs": [_BYTES_CODEC, _ZSTD_CODEC] if compressed else [_BYTES_CODEC],
+        "attributes": {},
+        "storage_transformers": [],
+    }
+
+
+def _json(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True).encode("ascii")
+
+
+def unpack(data: bytes) -> dict[str, Array]:
+    """The inverse of `pack`: every array of the group, by name. The caller has checked the checksum.
+
+    Raises:
+        CacheFormatError: not a zip file, or not a group as `pack` writes it.
+    """
+    try:
+        entries = _zip_entries(data)
+        names = [path.removesuffix("/zarr.json") for path in entries if path.endswith("/zarr.json")]
+        return {name: _read_array(name, entries) for name in names}
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError, OverflowError) as error:
+        raise CacheFormatError(f"unit: found bytes that are not a zip file of zarr arrays ({error}).") from error
+
+
+def _zip_entries(data: bytes) -> dict[str, memoryview]:
+    """Content of each entry, not copied; no CRC is checked here, the record has a better checksum."""
+    content = memoryview(data)
+    entries = {}
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise CacheFormatError(f"unit: {entry.filename}: found a compressed zip entry, expected a stored one.")
+            name_bytes, extra_bytes = _LOCAL_HEADER.unpack_from(data, entry.header_offset)
+            start = entry.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
+            if start + entry.file_size > len(data):
+                raise CacheFormatError(f"unit: {entry.filename}: ends behind the end of the file.")
+            entries[entry.filename] = content[start : start + entry.file_size]
+    return entries
+
+
+def _read_array(name: str, entries: Mapping[str, memoryview]) -> Array:
+    """One array, not writable: it lies in the file's bytes or in those that zstd made."""
+    shape, dtype, compressed = _array_layout(name, entries[f"{name}/zarr.json"])
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if not num_bytes:
+        return np.empty(shape, dtype)
+    path = "/".join([name, "c"] + ["0"] * len(shape))
+    if path not in entries:
+        raise CacheFormatError(f"unit: {path}: missing, expected the only zarr chunk of the array.")
+    content: bytes | memoryview = entries[path]
+    if compressed:
+        try:
+            content = Zstd(level=_ZSTD_LEVEL).decode(content)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise CacheFormatError(f"unit: {path}: found bytes that are not a zstd frame ({error}).") from error
+    if len(content) != num_bytes:
+        raise CacheFormatError(f"unit: {path}: found {len(content)} bytes, expected {num_bytes}.")
+    return np.frombuffer(content, dtype).reshape(shape)
+
+
+def _array_layout(name: str, metadata: memoryview) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
+    """Shape, dtype and whether compressed, of an array laid out as `pack` does; other metadata is tolerated."""
+    try:
+        found = json.loads(bytes(metadata[:_MAX_METADATA_BYTES]))
+        shape = tuple(found["shape"])
+        dtype = np.dtype(_DTYPES[found["data_type"]])
+        compressed = len(found["codecs"]) == 2
+        fits = len(shape) <= 8 and all(type(size) is int and 0 <= size < 2**40 for size in shape)
+        if not fits or math.prod(shape) * dtype.itemsize > _MAX_ARRAY_BYTES:
+            raise ValueError(f"shape {found['shape']}")
+        for field, expected in _array_metadata(shape, dtype, compressed).items():
+            if field in _LAYOUT_FIELDS and found[field] != expected:
+                raise ValueError(f"{field} {found[field]}, expected {expected}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CacheFormatError(f"unit: {name}/zarr.json: found metadata of another layout ({error}).") from error
+    return shape, dtype, compressed
