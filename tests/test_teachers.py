@@ -83,6 +83,15 @@ class Softcap(Plain):
         return 2.0 * torch.tanh(super().forward(x) / 2.0)
 
 
+class FixedSize(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(64 * 64, 12)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.wide(x.mean(1).flatten(1))
+
+
 class Dropping(Plain):
     def forward(self, x: Tensor) -> Tensor:
         return self.last(functional.dropout(self.features(x), 0.5))
@@ -115,6 +124,10 @@ class Loose(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def headless() -> nn.Module:
+    return timm.create_model("test_vit", num_classes=0, img_size=SIDE_PX)
 
 
 def not_a_module() -> int:
@@ -213,13 +226,14 @@ def test_callable_with_a_head_that_is_not_linear_stores_logits() -> None:
         ("test_teachers:NoLinear", ("pooled",), "cannot tap 'pooled'.*node 'logits' only"),
         ("test_teachers:Plain", ("feature_map",), "no node 'feature_map'"),
         ("test_teachers:Loose", ("feature_map",), r"\(1024, 3\) per image and it states no patch grid"),
+        ("test_teachers:FixedSize", ("pooled",), r"cannot run on images of 32x32 px \(.*input_px"),
         ("test_teachers:Dropping", ("pooled",), "random in evaluation mode"),
         ("test_teachers:not_a_module", ("pooled",), "returned a int, expected an nn.Module"),
         ("test_teachers:CLASSES", ("pooled",), "found a int, expected a callable"),
         ("test_teachers:absent", ("pooled",), "no attribute 'absent'"),
         ("absent_package:model", ("pooled",), "No module named 'absent_package'.*PYTHONPATH"),
         ("test_resnet_", ("pooled",), "does not know; did you mean 'test_resnet'"),
-        ("resnet10t.none", ("pooled",), "a tag that timm does not know; it has resnet10t.c3_in1k"),
+        ("resnet10t.none", ("pooled",), r"a tag that timm does not know\. Expected one of resnet10t\.c3_in1k"),
         ("", ("pooled",), "found nothing, expected a timm model name"),
         ("test_resnet", ("pool",), "nodes: found .*expected some of pooled, logits, feature_map"),
     ],
@@ -427,3 +441,15 @@ def test_identity_is_json(tmp_path: Path) -> None:
     assert json.loads(json.dumps(identity)) == identity
     assert re.fullmatch("[0-9a-f]{64}", identity["weights_sha256"])
     assert identity["timm"] == timm.__version__
+
+
+def test_a_feature_extractor_without_head_has_pooled_only(tmp_path: Path) -> None:
+    teacher = load("test_teachers:headless", nodes=("pooled", "feature_map"))
+    assert teacher.nodes == ("pooled", "feature_map")
+    assert teacher.head is None
+    assert teacher.identity["num_classes"] == 0
+    with pytest.raises(TeacherError, match="has no classifier"):
+        load("test_teachers:headless", nodes=("logits",))
+    weights = save(teacher.model, tmp_path / "w.safetensors")
+    with pytest.raises(TeacherError, match=r"2 missing: head\.weight, head\.bias"):
+        load("test_vit", weights, input_px=SIDE_PX)  # an architecture with a head, a file without

@@ -73,8 +73,10 @@ def _timm_cfg(name: str) -> Any:
         try:
             return timm.get_pretrained_cfg(name)
         except RuntimeError as error:  # the architecture is known, the tag is not
-            tags = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")) or "none"
-            raise TeacherError(f"[teacher] name: found '{name}', a tag that timm does not know; it has {tags}.") from error
+            known = ", ".join(timm.list_pretrained(f"{name.partition('.')[0]}.*")) or "none"
+            raise TeacherError(
+                f"[teacher] name: found '{name}', a tag that timm does not know. Expected one of {known}."
+            ) from error
     near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=1)
     hint = f"; did you mean '{near[0]}'?" if near else "."
     raise TeacherError(

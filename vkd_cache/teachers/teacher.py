@@ -46,11 +46,19 @@ class Teacher(nn.Module):
         self.model.eval()
         self.training = False
         probe = self._normalised(_probe_images(self.input_px))
-        self._tap = make_tap(self.model, name, probe)
+        try:
+            with torch.no_grad():
+                self._tap = make_tap(self.model, name, probe)
+                found = self._run_probe(name, probe, nodes)
+        except (RuntimeError, AssertionError) as error:  # how torch and timm refuse a shape
+            side = f"{self.input_px}x{self.input_px} px"
+            raise TeacherError(
+                f"{name}: cannot run on images of {side} ({_first_line(error)}). Give the side of its "
+                "input as [teacher] input_px."
+            ) from error
         headless = getattr(self.model, "num_classes", None) == 0  # timm's feature extractors (DINO, MAE, ...)
         if headless and LOGITS in nodes:
             raise TeacherError(f"{name}: has no classifier, so there is no node 'logits'. Ask for 'pooled'.")
-        found = self._run_probe(name, probe, nodes)
         self._head = self._linear_head(found) if POOLED in nodes and not headless else None
         stored = dict.fromkeys(nodes)  # an ordered set
         if POOLED in stored and self._head is None and not headless:
@@ -111,7 +119,6 @@ class Teacher(nn.Module):
             pixels = resized.clamp(0.0, 1.0)  # bicubic overshoots, and no image has values outside
         return (pixels - self.mean.to(pixels)) / self.std.to(pixels)
 
-    @torch.no_grad()
     def _run_probe(self, name: str, probe: Tensor, nodes: Sequence[str]) -> dict[str, Tensor]:
         """`nodes` and `logits` of the probe images.
 
@@ -166,6 +173,11 @@ def _probe_images(side_px: int) -> Tensor:
     noise = torch.rand(_PROBE_IMAGES // 2, 3, side_px, side_px, generator=generator)
     blotches = torch.rand(_PROBE_IMAGES // 2, 3, 4, 4, generator=generator)
     return torch.cat([noise, functional.interpolate(blotches, (side_px, side_px), mode="nearest")])
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200].rstrip(".") if lines else type(error).__name__
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
