@@ -64,14 +64,21 @@ class FedBatch:
 
     Attributes:
         epoch, step: its place; `step` counts batches within the epoch.
+        ends_epoch: whether it is the last one of its epoch.
         rendered: the views; all rows are usable.
         nodes: node values (b, ...) by name; empty without a cache.
     """
 
     epoch: int
     step: int
+    ends_epoch: bool
     rendered: RenderedBatch
     nodes: dict[str, torch.Tensor]
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """(b, H, W, 3) uint8 views, not mixed yet."""
+        return self.rendered.pixels
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +207,7 @@ class Feed:
         self._schedule = schedule
         self._nodes = tuple(nodes)
         self._open: OrderedDict[tuple[int, int], Future[ShardView]] = OrderedDict()
-        self._pending: deque[tuple[int, int, dict[str, torch.Tensor]]] = deque()
+        self._pending: deque[tuple[int, int, bool, dict[str, torch.Tensor]]] = deque()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="units")
 
     def __enter__(self) -> "Feed":
@@ -239,13 +246,13 @@ class Feed:
             self._renderer, self._tasks(epoch, step), workers=workers, pin_memory=pin_memory
         )
         for rendered in loader:
-            at_epoch, at_step, nodes = self._pending.popleft()
+            at_epoch, at_step, ends_epoch, nodes = self._pending.popleft()
             if rendered.error is not None:
                 raise self._explained(rendered.error)
             if rendered.broken:
                 self._refuse_broken_replay(rendered)
                 _leave_out_broken(rendered)
-            yield FedBatch(epoch=at_epoch, step=at_step, rendered=rendered, nodes=nodes)
+            yield FedBatch(epoch=at_epoch, step=at_step, ends_epoch=ends_epoch, rendered=rendered, nodes=nodes)
 
     def _tasks(self, epoch: int, step: int) -> Iterator[RenderTask]:
         for at_epoch in range(epoch, self._schedule.epochs):
@@ -260,7 +267,7 @@ class Feed:
                     self._read_ahead(windows[reached : reached + 2], view)
                     ahead = reached
                 task, nodes = self._task(slots, view, at_epoch, number)
-                self._pending.append((at_epoch, number, nodes))
+                self._pending.append((at_epoch, number, number + 1 == order.num_steps, nodes))
                 yield task
             step = 0
 

@@ -7,43 +7,53 @@ Shape legend: b samples, H = W = view size in pixels.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from vkd_cache.stages.rendering import RenderedBatch
 from vkd_cache.views.blend import mix_pixels
 from vkd_cache.views.params import MixPlan
 
 
+class HasPixels(Protocol):
+    """A batch with (b, H, W, 3) uint8 views on the host."""
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """The views."""
+        ...
+
+
+Batch = TypeVar("Batch", bound=HasPixels)
+
+
 def ahead_on_device(
-    batches: Iterable[RenderedBatch], device: torch.device
-) -> Iterator[tuple[RenderedBatch, torch.Tensor]]:
+    batches: Iterable[Batch], device: torch.device
+) -> Iterator[tuple[Batch, torch.Tensor]]:
     """Each batch with its (b, H, W, 3) uint8 pixels on `device`, the copy of the next one already under way."""
     if device.type != "cuda":
         for batch in batches:
             yield batch, batch.pixels
         return
     stream = torch.cuda.Stream(device)
-    waiting: tuple[RenderedBatch, torch.Tensor, torch.cuda.Event] | None = None
+    waiting: tuple[Batch, torch.Tensor, torch.cuda.Event] | None = None
     for batch in batches:
         with torch.cuda.stream(stream):
             pixels = batch.pixels.to(device, non_blocking=True)
             copied = stream.record_event()
         if waiting is not None:
-            yield _arrived(*waiting)
+            yield waiting[0], _arrived(waiting[1], waiting[2])
         waiting = batch, pixels, copied
     if waiting is not None:
-        yield _arrived(*waiting)
+        yield waiting[0], _arrived(waiting[1], waiting[2])
 
 
-def _arrived(
-    batch: RenderedBatch, pixels: torch.Tensor, copied: torch.cuda.Event
-) -> tuple[RenderedBatch, torch.Tensor]:
+def _arrived(pixels: torch.Tensor, copied: torch.cuda.Event) -> torch.Tensor:
     current = torch.cuda.current_stream(pixels.device)
     current.wait_event(copied)
     pixels.record_stream(current)  # the allocator must not reuse the memory while this stream reads it
-    return batch, pixels
+    return pixels
 
 
 def mixed_images(pixels: torch.Tensor, mix: MixPlan | None) -> torch.Tensor:
