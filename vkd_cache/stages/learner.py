@@ -86,7 +86,9 @@ class Learner:
             model = nn.parallel.DistributedDataParallel(model, device_ids=ids, find_unused_parameters=unused)
         return model
 
-    def step(self, batches: Sequence[tuple[FedBatch, Tensor]], supply: Supply, lr: float, seed: int) -> dict[str, Tensor]:
+    def step(
+        self, batches: Sequence[tuple[FedBatch, Tensor]], supply: Supply, lr: float, seed: int
+    ) -> dict[str, Tensor]:
         """One optimizer step over `batches` of (batch, its pixels on the device), gradients averaged over them.
 
         Returns:

@@ -11,10 +11,11 @@ from vkd_cache.config import Config, parse_view_range
 from vkd_cache.errors import CacheMismatchError, ConfigError, IncompleteCacheError
 from vkd_cache.runtime import JobSplit, resolve_device
 from vkd_cache.sources import Source, open_source, source_identity
-from vkd_cache.stages.feed import CachedViews, Feed, PlannedViews, Schedule, Views
+from vkd_cache.stages.feed import Feed, Schedule
 from vkd_cache.stages.learner import Learner
 from vkd_cache.stages.rendering import Renderer
 from vkd_cache.stages.supply import CachedTeacher, LiveTeacher, NoTeacher, Supply
+from vkd_cache.stages.unit_views import CachedViews, PlannedViews, Views
 from vkd_cache.views.recipe import Recipe, make_recipe
 
 

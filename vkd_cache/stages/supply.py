@@ -105,7 +105,7 @@ class LiveTeacher:
 
     def __call__(self, batch: FedBatch, images: Tensor) -> TeacherOutput:
         """Run the teacher in batches of the size that extraction uses, so that its kernels are the same."""
-        parts = [self._run(images[start : start + self._batch_size]) for start in range(0, len(images), self._batch_size)]
+        parts = [self._run(part) for part in images.split(self._batch_size)]
         # clone: tensors made in inference mode cannot take part in autograd
         features = torch.cat([part["pooled"] for part in parts]).float().clone()
         logits = torch.cat([part["logits"] for part in parts]).float().clone()

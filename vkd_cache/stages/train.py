@@ -116,6 +116,6 @@ def _say_summary(summary: TrainSummary) -> None:
         return
     accuracy = "" if summary.top1 is None else f"top-1 {summary.top1:.2f} (best {summary.best_top1:.2f}), "
     console.say(
-        f"train: {summary.steps} steps, {accuracy}{summary.seconds:.1f} s, peak {summary.peak_memory_bytes / 2**20:.0f} "
-        f"MiB -> {summary.output}"
+        f"train: {summary.steps} steps, {accuracy}{summary.seconds:.1f} s, "
+        f"peak {summary.peak_memory_bytes / 2**20:.0f} MiB -> {summary.output}"
     )

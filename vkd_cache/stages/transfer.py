@@ -57,7 +57,7 @@ def _arrived(pixels: torch.Tensor, copied: torch.cuda.Event) -> torch.Tensor:
 
 
 def mixed_images(pixels: torch.Tensor, mix: MixPlan | None) -> torch.Tensor:
-    """(b, H, W, 3) uint8 views -> (b, 3, H, W) float32 images in [0, 1], mixed as `mix` says (positions in the batch)."""
+    """(b, H, W, 3) uint8 views -> (b, 3, H, W) float32 images in [0, 1], mixed; partners are positions."""
     images = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
     if mix is None or not np.any(mix.kind):
         return images.contiguous()
