@@ -55,6 +55,7 @@ def setting(
 
 
 _VAL_HELP = "images to evaluate on: a folder or tar pattern; default: val/ beside the training split"
+_VIEWS_HELP = "a count N (views 0..N-1) or a range A:B (views A..B-1); default: 1"
 _SAMPLE_HELP = "samples that --pixels and --teacher look at; 0: all; default: 64"
 pipeline_argument = click.argument("pipeline", required=False)
 dry_run_option = click.option("--dry-run", is_flag=True, help="say what would be done, and stop")
@@ -84,7 +85,7 @@ def cli() -> None:
 @setting("--cache", "cache.url", metavar="URL")
 @setting("--teacher", "teacher.name", metavar="NAME")
 @setting("--teacher-weights", "teacher.weights", metavar="FILE")
-@setting("--views", "views.count", metavar="N|A:B")
+@setting("--views", "views.count", metavar="N|A:B", help_text=_VIEWS_HELP)
 @setting("--dtype", "cache.dtype")
 @setting("--backend", "cache.backend")
 @setting("--shard-size", "source.shard_size", metavar="N")
@@ -271,7 +272,7 @@ def guarded(command: Callable[[], int | None]) -> int:
             return _fail(str(error), 1)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            return _fail(f"{where}{error.strerror or error or type(error).__name__}", 1)
+            return _fail(f"{where}{error.strerror or str(error) or type(error).__name__}", 1)
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported
                 raise

@@ -1,0 +1,247 @@
+"""The command line from outside: help at once, one message for a mistake, an exit code that says which kind."""
+
+import json
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import click
+import pytest
+
+import vkd_cache
+from vkd_cache import console
+from vkd_cache.cli import cli, guarded
+from vkd_cache.errors import BrokenImageError, CacheMismatchError, ConfigError, TeacherError, VkdCacheError
+
+ROOT = Path(__file__).parent.parent
+PROGRAMS = {
+    "module": [sys.executable, "-m", "vkd_cache"],
+    "checkout": [sys.executable, str(ROOT / "cli.py")],
+    "installed": [str(Path(sys.executable).parent / "vkd-cache")],
+}
+
+
+def run(*arguments: str, program: str = "module", folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PROGRAMS[program], *arguments], capture_output=True, text=True, cwd=folder, check=False)
+
+
+def fails(*arguments: str, code: int = 2) -> str:
+    """The message of a command that must fail with `code`, say so on stderr alone, and show no traceback."""
+    result = run(*arguments)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    return result.stderr
+
+
+def test_three_ways_to_the_same_program() -> None:
+    outputs = {name: run("--help", program=name).stdout for name in PROGRAMS}
+    assert len(set(outputs.values())) == 1, outputs
+    assert run("--version", program="checkout").stdout == f"vkd-cache, version {vkd_cache.__version__}\n"
+
+
+def test_checkout_program_works_from_any_folder(tmp_path: Path) -> None:
+    assert run("extract", "--help", program="checkout", folder=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in cli.commands)], ids=" ".join)
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    script = (
+        "import sys; from vkd_cache.cli import cli\n"
+        f"cli.main({arguments!r}, standalone_mode=False)\n"
+        "heavy = {'torch', 'numpy', 'timm', 'zarr', 'PIL', 'matplotlib', 'webdataset', 'fsspec'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Usage: " in result.stdout
+
+
+def test_importing_the_package_imports_no_part_of_it() -> None:
+    script = "import sys, vkd_cache; sys.exit(sorted(m for m in sys.modules if m.startswith('vkd_cache.')) or 0)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert set(vkd_cache.__all__) <= set(dir(vkd_cache))
+    with pytest.raises(AttributeError, match="no attribute 'open_cach'"):
+        vkd_cache.open_cach  # noqa: B018
+
+
+def test_unknown_names_come_with_a_suggestion() -> None:
+    assert "Did you mean 'extract'?" in fails("extrct")
+    assert "Did you mean '--views'?" in fails("extract", "--vews", "3")
+    assert "did you mean 'demo'?" in fails("extract", "dmo")
+
+
+def test_wrong_values_are_all_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[views]\nsize_pixel = 3\n[train]\nlr = -1\n")
+    message = fails("train", str(path), "--epochs", "0")
+    assert f"Error: {path}: [views] unknown key 'size_pixel'; did you mean 'size_px'?" in message
+    assert f"{path}: [train] lr: found -1.0, expected at least 0.0" in message
+    assert "command line: [train] epochs: found 0, expected at least 1" in message
+    assert "'fp8' is not one of 'off', 'bf16', 'fp16'" in fails("train", "--amp", "fp8")
+    assert "'many' is not a valid integer" in fails("train", "--epochs", "many")
+    assert "found '3/3', expected I/N" in fails("extract", "demo", "--worker", "3/3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["extract"], ["[source] train (--source)", "[cache] url (--cache)", "[teacher] name (--teacher)"]),
+        (["train", "--source", "x"], ["[student] name (--student)", "[train] output (--output)"]),
+        (["train", "--source", "x", "--student", "s", "--output", "o"], ["[cache] url (--cache)"]),
+        (["train", "--source", "x", "--student", "s", "--output", "o", "--live-teacher"], ["[teacher] name"]),
+        (["eval", "--checkpoint", "x.pt"], ["[source] val (--source)"]),
+        (["eval", "--source", "x", "--checkpoint", "x.pt"], ["[student] name (--student)"]),
+        (["eval", "--source", "x", "--teacher"], ["[teacher] name (--teacher)"]),
+        (["eval", "--cache", "--json"], ["[cache] url (--cache)"]),
+        (["verify", "memory://cache", "--pixels"], ["[source] train (--source)"]),
+        (["compare", "--steps", "3"], ["[cache] url (--cache)", "[student] name (--student)", "[teacher] name"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_what_nobody_said_is_asked_for(arguments: list[str], named: list[str]) -> None:
+    message = fails(*arguments)
+    assert message.startswith(f"Error: {arguments[0]}: nothing says ")
+    for entry in named:
+        assert entry in message
+
+
+def test_eval_of_nothing() -> None:
+    assert "give --checkpoint FILE, --teacher or --cache" in fails("eval", "demo")
+
+
+def test_verify_of_something_that_is_neither_cache_nor_pipeline() -> None:
+    message = fails("verify", "caches/in1k")
+    assert "caches/in1k: no such cache directory. As a pipeline: " in message
+    assert "Missing argument 'CACHE|PIPELINE'" in fails("verify")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ConfigError("run.toml: no"), 2, "Error: run.toml: no\n"),
+        (VkdCacheError("a"), 1, "Error: a\n"),
+        (CacheMismatchError("cache: b\n  c"), 1, "Error: cache: b\n  c\n"),
+        (TeacherError("d"), 1, "Error: d\n"),
+        (BrokenImageError("e"), 1, "Error: e\n"),
+        (PermissionError(13, "Permission denied", "/data/x"), 1, "Error: /data/x: Permission denied\n"),
+        (OSError(28, "No space left on device"), 1, "Error: No space left on device\n"),
+        (ConnectionError(), 1, "Error: ConnectionError\n"),
+        (KeyboardInterrupt(), 130, "Error: interrupted.\n"),
+        (click.UsageError("f"), 2, "Error: f\n"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_exit_codes(error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> int:
+        raise error
+
+    assert guarded(command) == code
+    assert capsys.readouterr() == ("", message)
+
+
+def test_success_and_partial_failure_pass_through() -> None:
+    assert guarded(lambda: None) == 0
+    assert guarded(lambda: 3) == 3
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        guarded(lambda: 1 // 0)
+
+
+def test_gpu_memory_is_a_message() -> None:
+    import torch
+
+    def command() -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    assert guarded(command) == 1
+
+
+def test_interrupting_a_process_gives_one_line() -> None:
+    script = (
+        "import time; from vkd_cache.cli import cli, guarded; import sys\n"
+        "@cli.command()\n"
+        "def wait() -> None:\n"
+        "    print('ready', flush=True)\n"
+        "    while True: time.sleep(60)\n"
+        "sys.exit(guarded(lambda: cli.main(['wait'], standalone_mode=False)))\n"
+    )
+    arguments = [sys.executable, "-c", script]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        message = process.stderr.read()
+    assert process.returncode == 130
+    assert message.strip() == "Error: interrupted."
+
+
+def test_warnings_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> int:
+        warnings.simplefilter("always")
+        warnings.warn("tars/000.tar:\n  only one class", UserWarning, stacklevel=1)
+        return 0
+
+    assert guarded(command) == 0
+    assert capsys.readouterr() == ("", "Warning: tars/000.tar: only one class\n")
+
+
+@pytest.fixture
+def _loud() -> object:
+    yield
+    console.set_quiet(False)
+
+
+@pytest.mark.usefixtures("_loud")
+def test_console_keeps_results_apart_from_talk(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "PLAIN_INTERVAL_S", 0.0)
+    with console.track("Extract", 4) as progress:
+        progress.advance(1)
+        progress.detail("data [40%]")
+        with console.track("Inner", 0, "units"):
+            pass
+        progress.advance(3)
+    assert progress.done == 4
+    console.say("[red]done[/red]")
+    console.show_table("Accuracy", ["model", "top-1"], [["student [a]", "78.3"]])
+    out, err = capsys.readouterr()
+    assert "Extract: 1/4 images (25%), " in err and "ETA" in err
+    assert "Extract: 4 images in 0.0 s, " in err and "| data [40%]" in err
+    assert "Inner: 0 units in 0.0 s, 0 units/s" in err
+    assert err.endswith("[red]done[/red]\n")
+    assert out.startswith("Accuracy\n") and "student [a]" in out and "78.3" in out
+    console.set_quiet(True)
+    with console.track("Silent", 2) as progress:
+        progress.advance(2)
+    console.say("silent")
+    console.show_table("", ["a"], [["b"]])
+    assert progress.done == 2
+    assert capsys.readouterr() == ("", "")
+    console.warn("heard")
+    assert capsys.readouterr() == ("", "Warning: heard\n")
+
+
+def test_a_document_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    document = {
+        "ok": True,
+        "cache": {"bytes": 12, "loss": 0.25},
+        "gaps": [0.0] * 100,
+        "results": [{"what": "student", "top1": 0.5}, {"what": "teacher", "top5": None}],
+    }
+    console.show_document("Report", json.loads(json.dumps(document)))
+    out = capsys.readouterr().out
+    for text in ("cache.bytes", "12", "0.25", "yes", "100 values", "Report: results", "student", "top5"):
+        assert text in out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (42.3, "42 s"), (185, "3:05"), (3723.2, "1:02:03")]
+)
+def test_clock(seconds: float, text: str) -> None:
+    assert console.clock(seconds) == text
