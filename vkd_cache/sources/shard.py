@@ -5,7 +5,7 @@ A shard is fixed and ordered; the order of the rows in a unit of the cache is th
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -72,3 +72,12 @@ class SourceIdentity:
     def num_samples(self) -> int:
         """Samples over all shards."""
         return sum(self.shard_counts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, for the manifest of a cache."""
+        return {
+            "kind": self.kind,
+            "num_classes": self.num_classes,
+            "shard_counts": list(self.shard_counts),
+            "shard_hashes": list(self.shard_hashes),
+        }

@@ -17,6 +17,7 @@ from vkd_cache import console
 from vkd_cache.cache.codecs import resolve_codec
 from vkd_cache.cache.reader import Cache, find_cache
 from vkd_cache.cache.schema import Manifest, NodeSpec
+from vkd_cache.cache.units import UnitId
 from vkd_cache.cache.writer import CacheWriter, create_cache
 from vkd_cache.config import Config, config_to_json, parse_view_range
 from vkd_cache.errors import ConfigError
@@ -24,9 +25,9 @@ from vkd_cache.runtime import JobSplit, hardware, library_versions, resolve_devi
 from vkd_cache.sources import Source, open_source, source_identity
 from vkd_cache.stages.extract_job import ExtractJob, ExtractSummary, taught_batches
 from vkd_cache.stages.rendering import Renderer
-from vkd_cache.stages.teaching import TeacherRun, start_teacher
+from vkd_cache.stages.teaching import TeacherRun, start_teacher, teacher_head
 from vkd_cache.stages.transfer import mixed_images
-from vkd_cache.stages.units import UnitId, unit_tasks, units_of_worker
+from vkd_cache.stages.units import unit_tasks, units_of_worker
 from vkd_cache.teachers import load_teacher
 from vkd_cache.views.recipe import Recipe, make_recipe
 
@@ -55,7 +56,7 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
     if dry_run:
         return _dry_run(config, source, manifest, existing, units)
 
-    writer = create_cache(config.cache.url, manifest, teacher.head_tensors())
+    writer = create_cache(config.cache.url, manifest, teacher_head(teacher))
     todo = _unpublished(writer, units)
     _warn_of_batch_size(writer.manifest, run)
     log_name = _write_run_log(writer, config, split, None)
@@ -105,7 +106,7 @@ def plan_manifest(
         seed=config.views.seed,
         nodes=nodes,
         teacher=run.teacher.identity,
-        head=run.teacher.head_identity(),
+        head=None,  # filled in when the head is stored
         numerics=run.numerics(),
         versions=library_versions(),
         backend=config.cache.backend,
@@ -125,7 +126,7 @@ def _measured_nodes(config: Config, source: Source, recipe: Recipe, run: Teacher
 
     Always shard 0, view 0, whatever this worker's share is, so that all workers decide alike.
     """
-    tasks = unit_tasks(source, recipe, config.views.seed, (0, 0), run.batch_size)
+    tasks = unit_tasks(source, recipe, config.views.seed, UnitId(0, 0), run.batch_size)
     tasks = tasks[: max(1, PROBE_SAMPLES // run.batch_size)]
     outputs: list[dict[str, torch.Tensor]] = []
     for batch, pixels in taught_batches(Renderer(source, recipe, config.views.seed), tasks, 0, run):
@@ -135,13 +136,13 @@ def _measured_nodes(config: Config, source: Source, recipe: Recipe, run: Teacher
         keep = torch.from_numpy(batch.ok)
         outputs.append({name: tensor.cpu()[keep] for name, tensor in values.items()})
     nodes = {name: torch.cat([values[name] for values in outputs]) for name in outputs[0]}
-    head = run.teacher.head_tensors()
+    head = teacher_head(run.teacher)
     return tuple(resolve_codec(name, config.cache.dtype, values, head) for name, values in nodes.items())
 
 
 def _unpublished(writer: CacheWriter, units: list[UnitId]) -> list[UnitId]:
     published = {view: writer.published(view) for view in {view for _, view in units}}
-    return [(shard, view) for shard, view in units if shard not in published[view]]
+    return [UnitId(shard, view) for shard, view in units if shard not in published[view]]
 
 
 def _warn_of_batch_size(manifest: Manifest, run: TeacherRun) -> None:
@@ -177,7 +178,7 @@ def _dry_run(
     config: Config, source: Source, manifest: Manifest, existing: Cache | None, units: list[UnitId]
 ) -> ExtractSummary:
     published = existing.published() if existing is not None else {}
-    todo = [(shard, view) for shard, view in units if shard not in published.get(view, frozenset())]
+    todo = [UnitId(shard, view) for shard, view in units if shard not in published.get(view, frozenset())]
     samples = sum(len(source.shards[shard].keys) for shard, _ in todo)
     sample_bytes = sum(node.sample_bytes for node in manifest.nodes)
     console.show_table(

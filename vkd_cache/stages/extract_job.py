@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 
 from vkd_cache import console
-from vkd_cache.cache.record import UnitRecord
+from vkd_cache.cache.schema import UnitRecord
+from vkd_cache.cache.units import UnitId
 from vkd_cache.cache.writer import CacheWriter
 from vkd_cache.config import Config
 from vkd_cache.errors import SourceError, TeacherError
@@ -19,7 +20,7 @@ from vkd_cache.sources import Source
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, render_loader
 from vkd_cache.stages.teaching import TeacherRun
 from vkd_cache.stages.transfer import ahead_on_device, mixed_images
-from vkd_cache.stages.units import UnitAssembly, UnitId, unit_tasks
+from vkd_cache.stages.units import UnitAssembly, unit_tasks
 from vkd_cache.views.recipe import Recipe
 
 MAX_UNITS_WAITING = 2  # finished units that may wait for the writer before the teacher does
@@ -111,7 +112,8 @@ class ExtractJob:
         assembly: UnitAssembly | None = None
         busy: torch.cuda.Event | None = None  # the batch before: one is always queued on the GPU while we wait
         mark = time.monotonic()
-        for batch, pixels in taught_batches(self._renderer, self._tasks(units), self._config.extract.workers, self._run):
+        workers = self._config.extract.workers
+        for batch, pixels in taught_batches(self._renderer, self._tasks(units), workers, self._run):
             mark = self._spent("data", mark)
             unit, last = batch.tag
             if assembly is None:

@@ -53,7 +53,7 @@ class Learner:
             projector=config.loss.projector,
         )
         if config.student.sync_batchnorm and device.type == "cuda" and world > 1:
-            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
         self.student: Student = student.to(device)
         self.ema = make_ema(self.student, config.train.ema_decay) if config.train.ema_decay > 0 else None
         self.model = self._wrapped(world)
@@ -103,7 +103,7 @@ class Learner:
             with self._synchronised(number == len(batches)):
                 images = mixed_images(pixels, batch.rendered.mix)
                 terms = self.losses(batch, images, supply(batch, images))
-                self.scaler.scale(terms["total"] / len(batches)).backward()
+                self.scaler.scale(terms["total"] / len(batches)).backward()  # type: ignore[no-untyped-call]
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() / len(batches)
         if self._config.train.clip_grad > 0:

@@ -66,7 +66,7 @@ class Loop:
         self._steps_per_epoch = math.ceil(self._feed.order(0).num_steps / run.config.train.accumulate)
         self._step = 0
         self._epoch, self._batch = 0, 0  # the place of the next batch
-        self._window: dict[str, float] = {}  # sums of the loss terms since the last log line
+        self._window: dict[str, torch.Tensor | float] = {}  # sums of the loss terms since the last log line
         self._window_steps = 0
         self._top1: float | None = None
         self._best: float | None = None

@@ -6,7 +6,6 @@ ever builds a teacher; the module that does is imported when a live supply is ma
 Shape legend: b samples, C teacher width, K classes.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -29,7 +28,7 @@ class TeacherOutput(NamedTuple):
 class Supply(Protocol):
     """Where teacher outputs come from. `nodes` is what a feed has to join; `width` is C."""
 
-    nodes: Sequence[str]
+    nodes: tuple[str, ...]
     width: int | None
 
     def __call__(self, batch: FedBatch, images: Tensor) -> TeacherOutput:
@@ -40,7 +39,7 @@ class Supply(Protocol):
 class NoTeacher:
     """Training without distillation."""
 
-    nodes: Sequence[str] = ()
+    nodes: tuple[str, ...] = ()
     width: int | None = None
 
     def __call__(self, batch: FedBatch, images: Tensor) -> TeacherOutput:
@@ -86,7 +85,7 @@ class CachedTeacher:
 class LiveTeacher:
     """The teacher in memory, run on the very images the student sees."""
 
-    nodes: Sequence[str] = ()
+    nodes: tuple[str, ...] = ()
 
     def __init__(self, config: Config, num_classes: int, view_px: int, device: torch.device) -> None:
         if not config.teacher.name:
@@ -105,7 +104,7 @@ class LiveTeacher:
 
     def __call__(self, batch: FedBatch, images: Tensor) -> TeacherOutput:
         """Run the teacher in batches of the size that extraction uses, so that its kernels are the same."""
-        parts = [self._run(part) for part in images.split(self._batch_size)]
+        parts = [self._run(part) for part in torch.split(images, self._batch_size)]
         # clone: tensors made in inference mode cannot take part in autograd
         features = torch.cat([part["pooled"] for part in parts]).float().clone()
         logits = torch.cat([part["logits"] for part in parts]).float().clone()

@@ -77,3 +77,11 @@ def start_teacher(teacher: Teacher, config: ExtractConfig, device: torch.device)
         channels_last=config.channels_last,
         compiled=config.compile,
     )
+
+
+def teacher_head(teacher: Teacher) -> dict[str, torch.Tensor] | None:
+    """`weight` (K, C) and `bias` (K,) on the host, where logits are linear in `pooled`; else None."""
+    if teacher.head is None:
+        return None
+    weight, bias = teacher.head
+    return {"weight": weight.cpu(), "bias": bias.cpu()}

@@ -36,7 +36,7 @@ def ahead_on_device(
         for batch in batches:
             yield batch, batch.pixels
         return
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     waiting: tuple[Batch, torch.Tensor, torch.cuda.Event] | None = None
     for batch in batches:
         with torch.cuda.stream(stream):

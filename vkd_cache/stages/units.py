@@ -11,13 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vkd_cache.cache.units import UnitId, keys_to_columns
 from vkd_cache.sources import Source
 from vkd_cache.stages.rendering import RenderedBatch, RenderTask
 from vkd_cache.views.mixing import pair_slots, plan_mixing
 from vkd_cache.views.params import MixPlan
 from vkd_cache.views.recipe import Recipe
-
-UnitId = tuple[int, int]  # (shard, view)
 
 
 def unit_tasks(
@@ -93,10 +92,8 @@ class UnitAssembly:
             for name in self._batches[0].columns
         }
         rows = rows[order]
-        keys = [self._shard.keys[row].encode() for row in rows]
+        columns |= keys_to_columns([self._shard.keys[row] for row in rows])
         columns |= {
-            "key_bytes": np.frombuffer(b"".join(keys), np.uint8),
-            "key_offsets": np.cumsum([0, *map(len, keys)]).astype(np.uint32),
             "row": rows.astype(np.uint32),
             "label": self._shard.labels[rows].astype(np.uint32),
         }
@@ -129,5 +126,5 @@ def units_of_worker(num_shards: int, views: Sequence[int], index: int, count: in
 
     Published or not makes no difference, so workers that start at different times agree on who does what.
     """
-    units = [(shard, view) for view in views for shard in range(num_shards)]
+    units = [UnitId(shard, view) for view in views for shard in range(num_shards)]
     return units[index::count]
