@@ -117,7 +117,7 @@ def _join(blocks: Mapping[int, Mapping[str, Array]]) -> dict[str, Array]:
             columns[name] = _join_offsets(arrays)
         elif _is_shared(name, parts):
             columns[name] = first
-        elif not first.ndim or any((array.shape[1:], array.dtype) != (first.shape[1:], first.dtype) for array in arrays):
+        elif not first.ndim or len({(array.shape[1:], array.dtype) for array in arrays}) > 1:
             raise CacheFormatError(f"unit: column '{name}': found blocks of different shapes or dtypes.")
         else:
             columns[name] = np.concatenate(arrays)

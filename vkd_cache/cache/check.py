@@ -1,0 +1,153 @@
+"""What can be checked of a cache without images and without a teacher: every file against its record and the format.
+
+A newcomer's trap: a unit file without a record and a leftover temporary file are no errors. An interrupted run leaves
+them, the next one overwrites or removes them, and no reader ever looks at them.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from vkd_cache.cache.reader import MANIFEST_PATH, Cache, Unit
+from vkd_cache.cache.schema import UnitRecord
+from vkd_cache.cache.storage import TEMPORARY
+from vkd_cache.cache.units import UnitId, record_path, unit_of_record, unit_path
+from vkd_cache.errors import CacheError
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that is not as it should be.
+
+    Attributes:
+        where: path from the cache's root.
+        message: what was found, what was expected, what to do.
+        is_error: False for leftovers that harm nobody.
+    """
+
+    where: str
+    message: str
+    is_error: bool = True
+
+
+def check_structure(cache: Cache, dataset: Mapping[str, Any] | None = None) -> Iterator[Finding]:
+    """Everything that is wrong with a cache's files; nothing if it is sound. Reads all of it once.
+
+    Args:
+        cache: the cache.
+        dataset: identity of the data set that it should belong to, as the manifest has it; None: not compared.
+    """
+    yield from check_layout(cache, dataset)
+    for unit in cache.units:
+        yield from check_unit(cache, unit)
+
+
+def check_layout(cache: Cache, dataset: Mapping[str, Any] | None = None) -> Iterator[Finding]:
+    """What is wrong outside the units: another data set, the teacher's head, files that do not belong."""
+    if dataset is not None:
+        for field in sorted(dataset.keys() | cache.manifest.dataset.keys()):
+            if dataset.get(field) != cache.manifest.dataset.get(field):
+                yield Finding(
+                    where=MANIFEST_PATH,
+                    message=f"dataset.{field} is not that of the given source. Give the source it was made from.",
+                )
+    try:
+        cache.head()
+    except CacheError as error:
+        yield Finding(where=str((cache.manifest.head or {})["file"]), message=str(error))
+    abandoned = frozenset(cache.storage.abandoned())
+    published = {unit_path(unit, cache.manifest.backend) for unit in cache.units}
+    for path in cache.storage.paths(""):
+        finding = _stray(path, cache, published, abandoned)
+        if finding is not None:
+            yield finding
+
+
+def _stray(path: str, cache: Cache, published: set[str], abandoned: frozenset[str]) -> Finding | None:
+    folder = path.partition("/")[0]
+    if path == MANIFEST_PATH or folder == "runs" or path in published or unit_of_record(path) is not None:
+        return None
+    if cache.manifest.head is not None and path == cache.manifest.head["file"]:
+        return None
+    if folder == TEMPORARY:
+        if path not in abandoned:
+            return None  # being written just now
+        message = "leftover of a writer that died; the next extraction removes it."
+    elif folder == "units":
+        message = "unit file without a record: not published, the next extraction overwrites it."
+    else:
+        message = "does not belong to a cache; it is ignored."
+    return Finding(where=path, message=message, is_error=False)
+
+
+def check_unit(cache: Cache, unit: UnitId) -> Iterator[Finding]:
+    """What is wrong with one published unit: its record, its file, its arrays and what they say together."""
+    path = record_path(unit)
+    try:
+        record = cache.record(*unit)
+        path = unit_path(unit, cache.manifest.backend)
+        content = cache.read(*unit)
+    except CacheError as error:
+        yield Finding(where=path, message=str(error))
+        return
+    problems = [*_record_problems(cache, record), *_row_problems(cache, record, content)]
+    problems += [*_mixing_problems(content), *_node_problems(cache, content)]
+    yield from (Finding(where=path, message=message) for message in problems)
+
+
+def _record_problems(cache: Cache, record: UnitRecord) -> Iterator[str]:
+    expected = unit_path(UnitId(record.shard, record.view), cache.manifest.backend)
+    if [path for path, _, _ in record.files] != [expected]:
+        yield f"the record names {[path for path, _, _ in record.files]}, expected ['{expected}']."
+    counts = cache.manifest.dataset["shard_counts"]
+    if record.shard >= len(counts):
+        yield f"found shard {record.shard}, the data set has {len(counts)} shards."
+    elif record.num_samples + len(record.broken) != counts[record.shard]:
+        yield (
+            f"found {record.num_samples} rows and {len(record.broken)} broken images, the data set's shard has "
+            f"{counts[record.shard]} samples."
+        )
+
+
+def _row_problems(cache: Cache, record: UnitRecord, unit: Unit) -> Iterator[str]:
+    rows = unit.rows.astype(np.int64)
+    broken = [row for _, row, _ in record.broken]
+    total = len(rows) + len(broken)
+    if (np.diff(rows) <= 0).any() or broken != sorted(broken):
+        yield "rows or broken rows are not in rising order."
+    if sorted([*rows.tolist(), *broken]) != list(range(total)):
+        yield f"rows and broken rows together are not 0 to {total - 1}, each once."
+    if len(set(unit.keys)) != len(unit.keys):
+        yield "a key occurs twice."
+    num_classes = cache.manifest.dataset["num_classes"]
+    if (unit.columns["label"] >= num_classes).any():
+        yield f"found label {int(unit.columns['label'].max())}, the data set has {num_classes} classes."
+
+
+def _mixing_problems(unit: Unit) -> Iterator[str]:
+    columns = unit.columns
+    rows, partner, kind = unit.rows.astype(np.int64), columns["partner"].astype(np.int64), columns["mix_kind"]
+    weight = columns["mix_lambda"].astype(np.float64)
+    if (kind > 2).any() or ((partner == rows) & (kind != 0)).any() or ((partner != rows) & (kind == 0)).any():
+        yield "mix_kind is not 0 exactly where a row is its own partner, and 1 or 2 elsewhere."
+    if not ((weight >= 0) & (weight <= 1)).all():
+        yield "mix_lambda leaves [0, 1]."
+    position = np.minimum(np.searchsorted(rows, partner), len(rows) - 1)
+    if not (rows[position] == partner).all():
+        yield "partner names a row that is not in the unit."
+        return
+    mirrored = partner[position] == rows
+    for name in ("mix_kind", "mix_lambda", "mix_box"):
+        mirrored &= (columns[name][position] == columns[name]).reshape(len(rows), -1).all(1)
+    if not mirrored.all():
+        yield f"{int((~mirrored).sum())} rows are not mixed the same way as their partner."
+
+
+def _node_problems(cache: Cache, unit: Unit) -> Iterator[str]:
+    for spec in cache.manifest.nodes:
+        values = unit.node(spec.name)
+        if values.numel() and not bool(torch.isfinite(torch.stack(values.aminmax())).all()):
+            yield f"node '{spec.name}' holds inf or nan."
