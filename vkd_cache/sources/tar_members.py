@@ -85,12 +85,11 @@ class TarReader:
         Raises:
             SourceError: not a tar, compressed, damaged, sparse, or cut off.
         """
-        if hasattr(os, "posix_fadvise"):  # else the system reads ahead, and with that most of the archive
-            os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_RANDOM)
         offset, long_name, pax = 0, "", dict[str, str]()
         while (header := self._header(offset)) is not None:
             kind, start = header[156:157], offset + _BLOCK
-            num_bytes = int(pax["size"]) if pax.get("size", "").isdecimal() else self._size(header, offset)
+            size = pax.get("size", "")
+            num_bytes = int(size) if size.isdecimal() and len(size) < 20 else self._size(header, offset)
             if kind in _LINKS_AND_DEVICES:
                 num_bytes = 0
             if start + num_bytes > self.num_bytes:
@@ -131,18 +130,19 @@ class TarReader:
         field = header[124:136]
         if field[0] == 0x80:  # GNU and star: beyond 8 GiB as a big-endian number
             return int.from_bytes(field[1:], "big")
-        try:
-            return int(field.strip(b" \0") or b"0", 8)
-        except ValueError as error:
+        digits = field.strip(b" \0")
+        if digits.strip(b"01234567"):  # int() would take a sign, too
             raise SourceError(
-                f"{shown(self.path)}: damaged: the header at byte {offset} states no valid size."
-            ) from error
+                f"{shown(self.path)}: damaged: the header at byte {offset} states no valid size. "
+                "Copy or make the archive again."
+            )
+        return int(digits or b"0", 8)
 
     def _metadata(self, start: int, num_bytes: int) -> bytes:
         if num_bytes > _METADATA_LIMIT_BYTES:
             raise SourceError(
                 f"{shown(self.path)}: damaged: a member name of {num_bytes} bytes at byte {start}, at most "
-                f"{_METADATA_LIMIT_BYTES} are read."
+                f"{_METADATA_LIMIT_BYTES} are read. Copy or make the archive again."
             )
         return self.read(start, num_bytes)
 
@@ -168,7 +168,7 @@ class TarReader:
     def _cut_off(self, offset: int) -> SourceError:
         return SourceError(
             f"{shown(self.path)}: truncated: {self.num_bytes} bytes, but the archive goes on behind byte {offset} "
-            "(there is no end mark). Copy or make it again."
+            "(no end mark). Copy or make it again."
         )
 
 
