@@ -29,6 +29,7 @@ SIDEWAYS = {
     ("sources", "vkd_cache.views.recipe"),
     ("students", "vkd_cache.projector"),
     ("students", "vkd_cache.losses"),
+    ("losses", "vkd_cache.normalisation"),
     ("projector", "vkd_cache.polar"),
     ("config", "vkd_cache.errors"),
     ("runtime", "vkd_cache.errors"),
@@ -127,7 +128,7 @@ OPTIONS = {
     "extract": "--source --cache --teacher --teacher-weights --views --dtype --backend --shard-size --batch-size "
     "--workers --device --worker --seed --strict --no-strict --dry-run",
     "train": "--source --val --cache --student --epochs --batch-size --lr --output --resume --seed --amp "
-    "--live-teacher --no-live-teacher --workers --device --dry-run",
+    "--live-teacher --no-live-teacher --plain --workers --device --dry-run",
     "eval": "--source --checkpoint --student --ema --teacher --teacher-weights --cache --batch-size --workers "
     "--device --json",
     "verify": "--source --pixels --teacher --teacher-weights --sample --workers --device --json",

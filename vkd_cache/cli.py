@@ -123,14 +123,17 @@ def extract(pipeline: str | None, worker: str | None, dry_run: bool, **settings:
 @setting("--seed", "train.seed", metavar="N")
 @setting("--amp", "train.amp")
 @setting("--live-teacher", "train.live_teacher")
+@click.option("--plain", is_flag=True, help="without distillation: feature and logit weights 0")
 @setting("--workers", "train.workers", metavar="N")
 @setting("--device", "train.device", metavar="NAME")
 @dry_run_option
-def train(pipeline: str | None, dry_run: bool, **settings: object) -> int:
+def train(pipeline: str | None, plain: bool, dry_run: bool, **settings: object) -> int:
     """Stage two: train a student from the cache, with no teacher in the process.
 
     Under torchrun every rank runs this same command.
     """
+    if plain:
+        settings |= {"loss__feature_weight": 0.0, "loss__logit_weight": 0.0}
     config = _resolve(pipeline, settings, "source.train", "student.name", "train.output")
     if config.train.live_teacher:
         _require(config, "teacher.name")
