@@ -29,8 +29,7 @@ def mix_pixels(pixels: Tensor, partner: Tensor, kind: Tensor, lam: Tensor, box: 
         nothing but itself and its partner.
     """
     other = pixels[partner]
-    own = torch.where(kind == MIX_MIXUP, lam.to(pixels.dtype), torch.ones((), dtype=pixels.dtype, device=pixels.device))
-    own = own[:, None, None, None]
+    own = torch.where(kind == MIX_MIXUP, lam.to(pixels.dtype), 1.0)[:, None, None, None]
     blended = pixels * own + other * (1 - own)
     top, left, height, width = box.to(torch.int64).unbind(1)
     y = torch.arange(pixels.shape[2], device=pixels.device)

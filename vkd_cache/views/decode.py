@@ -130,9 +130,12 @@ def _exif_orientation(exif: object) -> int:
         (start,) = struct.unpack_from(f"{order}I", block, 4)
         (count,) = struct.unpack_from(f"{order}H", block, start)
         for entry in range(count):
-            tag, kind, length, value = struct.unpack_from(f"{order}HHIH", block, start + 2 + 12 * entry)
+            at = start + 2 + 12 * entry
+            tag, kind, length = struct.unpack_from(f"{order}HHI", block, at)
             if tag == _ORIENTATION_TAG:
-                return int(value) if (kind, length) == (3, 1) else 1
+                # a SHORT by the standard, but some cameras write a LONG
+                value = {(3, 1): "H", (4, 1): "I"}.get((kind, length))
+                return int(struct.unpack_from(order + value, block, at + 8)[0]) if value else 1
     except struct.error:
         return 1
     return 1
