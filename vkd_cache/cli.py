@@ -179,7 +179,8 @@ def evaluate(pipeline: str | None, checkpoint: str, ema: bool, as_json: bool, **
 
     request = EvalRequest(checkpoint=checkpoint, ema=ema, **asked)
     results = run(config, request, split)
-    _present("Evaluation", {"results": [result.to_json() for result in results]}, as_json)
+    if split.index == 0:
+        _present("Evaluation", {"results": [result.to_json() for result in results]}, as_json)
     return 0
 
 
