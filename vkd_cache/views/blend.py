@@ -30,7 +30,7 @@ def mix_pixels(pixels: Tensor, partner: Tensor, kind: Tensor, lam: Tensor, box: 
     """
     other = pixels[partner]
     own = torch.where(kind == MIX_MIXUP, lam.to(pixels.dtype), 1.0)[:, None, None, None]
-    blended = pixels * own + other * (1 - own)
+    blended = (pixels * own).add_(other * (1 - own))
     top, left, height, width = box.to(torch.int64).unbind(1)
     y = torch.arange(pixels.shape[2], device=pixels.device)
     x = torch.arange(pixels.shape[3], device=pixels.device)

@@ -1,7 +1,8 @@
 """Decoding: from the bytes of a file to one RGB image, on purpose for every kind of file that data sets hold.
 
-A newcomer's trap: Pillow's global settings and warnings play no part here, so that the same bytes give the same pixels,
-or the same reason for having none, in every process. The table of what is done with which image is in docs/views.md.
+A newcomer's trap: `Image.open` is not used. The format is taken from the first bytes, the size is checked against our
+own limit, and EXIF is read here, so that odd files give the same pixels, or the same reason for having none, in every
+process and without warnings. The table of what is done with which image is in docs/views.md.
 """
 
 import io
