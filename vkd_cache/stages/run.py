@@ -1,7 +1,6 @@
 """A training run before its first step: what it reads, opened and checked against each other."""
 
 import dataclasses
-from pathlib import Path
 
 import torch
 
@@ -10,7 +9,7 @@ from vkd_cache.cache.reader import Cache, open_cache
 from vkd_cache.config import Config, parse_view_range
 from vkd_cache.errors import CacheMismatchError, ConfigError, IncompleteCacheError
 from vkd_cache.runtime import JobSplit, resolve_device
-from vkd_cache.sources import Source, open_source, source_identity
+from vkd_cache.sources import Source, open_source, source_identity, validation_beside
 from vkd_cache.stages.feed import Feed, Schedule
 from vkd_cache.stages.learner import Learner
 from vkd_cache.stages.rendering import Renderer
@@ -32,6 +31,17 @@ class Run:
     recipe: Recipe
     views: Views
     num_classes: int
+
+    @property
+    def cached(self) -> Cache:
+        """The cache, for stages that cannot do without.
+
+        Raises:
+            ConfigError: the run has none.
+        """
+        if self.cache is None:
+            raise ConfigError("[cache] url is empty: give --cache or set it in the pipeline file.")
+        return self.cache
 
     def supply(self, *, live: bool) -> Supply:
         """Teacher outputs from a live teacher or from the cache, or none where no loss asks for them."""
@@ -115,13 +125,9 @@ def _plans_alone(config: Config) -> bool:
 
 
 def _open_val(config: Config) -> Source | None:
-    """The validation split: the one configured, or val/ beside train/ in the training source's own folder."""
-    if config.source.val:
-        return open_source(config.source.val, split="val", shard_size=config.source.shard_size)
-    root = Path(config.source.train)
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        return open_source(config.source.train, split="val", shard_size=config.source.shard_size)
-    return None
+    """The validation split: the one configured, or the one that lies beside the training split."""
+    spec = config.source.val or validation_beside(config.source.train)
+    return open_source(spec, split="val", shard_size=config.source.shard_size) if spec else None
 
 
 def check_same_source(cache: Cache, source: Source) -> None:

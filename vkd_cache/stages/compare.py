@@ -1,0 +1,216 @@
+"""Is training from the cache training with the live teacher? Measured twice, on the same views.
+
+In lockstep: at every step one student computes both losses, and their gradients, from one forward pass; the cached
+ones move it. What differs is the cache alone, so bounds can be stated. Free-running: two students start equal and go
+their own ways; small differences grow as they do between any two runs, so the curves are shown beside each other.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vkd_cache import console
+from vkd_cache.config import Config, config_to_json
+from vkd_cache.errors import ConfigError
+from vkd_cache.optim import cosine_lr
+from vkd_cache.runtime import JobSplit, hardware, library_versions, write_atomic
+from vkd_cache.stages.feed import FedBatch
+from vkd_cache.stages.journal import draw_curves
+from vkd_cache.stages.learner import TERMS, Learner, step_seed
+from vkd_cache.stages.run import Run, prepare_run
+from vkd_cache.stages.supply import Supply
+from vkd_cache.stages.transfer import ahead_on_device, mixed_images
+
+# largest relative gap of a loss term at any step, by codec (the contract's targets)
+BOUNDS = {"float32": 1e-3, "float16": 1e-3, "bfloat16": 5e-3, "sqrt_uint8": 5e-3, "token_int8": 5e-3}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareReport:
+    """Gaps between the cached and the live teacher.
+
+    Attributes:
+        steps: steps compared.
+        codecs: codec of each node of the cache.
+        bound: largest relative loss gap allowed at any step.
+        lockstep: per loss term, |cached - live| / |live| of each step.
+        gradient: |g_cached - g_live| / |g_live| of each step, over all parameters.
+        gradient_cosine: cosine between both gradients, of each step.
+        cached, live: loss terms of the free-running students, of each step.
+    """
+
+    steps: int
+    codecs: dict[str, str]
+    bound: float
+    lockstep: dict[str, list[float]]
+    gradient: list[float]
+    gradient_cosine: list[float]
+    cached: dict[str, list[float]]
+    live: dict[str, list[float]]
+
+    @property
+    def within_bound(self) -> bool:
+        """Whether every loss term stayed within the bound at every step."""
+        return all(gap <= self.bound for gaps in self.lockstep.values() for gap in gaps)
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 1 when a gap is larger than the bound."""
+        return 0 if self.within_bound else 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return dataclasses.asdict(self) | {"within_bound": self.within_bound}
+
+
+def compare(config: Config, *, steps: int) -> CompareReport:
+    """Train `steps` steps from the cache and with the live teacher, in lockstep and free-running.
+
+    Raises:
+        VkdCacheError: as `train` and `extract` do for what they read.
+    """
+    if not config.cache.url or not config.teacher.name:
+        raise ConfigError("compare needs both teachers: --cache, and --teacher with its weights (or a pipeline file).")
+    # every view is checked: a gap must not come from other pixels
+    train = dataclasses.replace(config.train, epochs=10**6, digest_check=1.0)
+    run = prepare_run(dataclasses.replace(config, train=train), JobSplit())
+    cached, live = run.supply(live=False), run.supply(live=True)
+    lockstep, gradient, cosine = _lockstep(run, cached, live, steps)
+    report = CompareReport(
+        steps=steps,
+        codecs={node.name: node.codec for node in run.cached.manifest.nodes},
+        bound=max(BOUNDS[run.cached.manifest.node(name).codec] for name in cached.nodes),
+        lockstep=lockstep,
+        gradient=gradient,
+        gradient_cosine=cosine,
+        cached=_free(run, cached, cached, steps, "compare: from the cache"),
+        live=_free(run, live, cached, steps, "compare: live teacher"),
+    )
+    _show(report)
+    if config.train.output:
+        _write(Path(config.train.output), config, run, report)
+    return report
+
+
+def _batches(run: Run, nodes_of: Supply, steps: int) -> Iterator[tuple[int, FedBatch, Tensor]]:
+    """The first `steps` batches with their pixels on the device; `nodes_of` says which stored values ride along."""
+    on_gpu = run.device.type == "cuda"
+    with run.feed(nodes_of) as feed:
+        fed = feed.batches(epoch=0, step=0, workers=run.config.train.workers, pin_memory=on_gpu)
+        for step, (batch, pixels) in enumerate(ahead_on_device(fed, run.device)):
+            yield step, batch, pixels
+            if step + 1 == steps:
+                return
+
+
+def _lockstep(
+    run: Run, cached: Supply, live: Supply, steps: int
+) -> tuple[dict[str, list[float]], list[float], list[float]]:
+    learner = run.learner(cached)
+    gaps: dict[str, list[float]] = {}
+    gradient, cosine = [], []
+    with console.track("compare: lockstep", steps, "steps") as progress:
+        for step, batch, pixels in _batches(run, cached, steps):
+            images = mixed_images(pixels, batch.rendered.mix)
+            learner.model.train()
+            torch.manual_seed(step_seed(run.config.train.seed, step, 0))
+            outputs = learner.outputs(images)
+            targets = learner.targets(batch)
+            both = [learner.loss(outputs, targets, *supply(batch, images)) for supply in (live, cached)]
+            for name in both[0]:
+                reference = float(both[0][name])
+                gaps.setdefault(name, []).append(abs(float(both[1][name]) - reference) / max(abs(reference), 1e-12))
+            live_gradient = _gradient(learner, both[0]["total"], keep_graph=True)
+            cached_gradient = _gradient(learner, both[1]["total"], keep_graph=False)
+            norm = live_gradient.norm().clamp_min(1e-30)
+            gradient.append(float((cached_gradient - live_gradient).norm() / norm))
+            cosine.append(float(torch.nn.functional.cosine_similarity(cached_gradient, live_gradient, dim=0)))
+            _move(learner, _lr(run.config, step, steps))
+            progress.advance(1)
+            progress.detail(f"largest gap {max(max(values) for values in gaps.values()):.2e}")
+    return gaps, gradient, cosine
+
+
+def _gradient(learner: Learner, loss: Tensor, *, keep_graph: bool) -> Tensor:
+    """All gradients of `loss` as one float64 vector; they are also left on the parameters."""
+    learner.optimizer.zero_grad(set_to_none=True)
+    loss.backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
+    return torch.cat([p.grad.flatten().double() for p in learner.student.parameters() if p.grad is not None])
+
+
+def _move(learner: Learner, lr: float) -> None:
+    for group in learner.optimizer.param_groups:
+        group["lr"] = lr
+    learner.optimizer.step()
+
+
+def _lr(config: Config, step: int, steps: int) -> float:
+    return cosine_lr(step, steps, config.train.lr, config.train.min_lr, 0)
+
+
+def _free(run: Run, supply: Supply, nodes_of: Supply, steps: int, title: str) -> dict[str, list[float]]:
+    learner = run.learner(supply)
+    terms: dict[str, list[float]] = {}
+    with console.track(title, steps, "steps") as progress:
+        for step, batch, pixels in _batches(run, nodes_of, steps):
+            seed = step_seed(run.config.train.seed, step, 0)
+            values = learner.step([(batch, pixels)], supply, _lr(run.config, step, steps), seed)
+            for name, value in values.items():
+                terms.setdefault(name, []).append(float(value))
+            progress.advance(1)
+    return terms
+
+
+def _show(report: CompareReport) -> None:
+    terms = [name for name in TERMS if name in report.lockstep]
+    rows = [_row(f"{name} loss", report.lockstep[name], f"{report.bound:g}") for name in terms]
+    rows.append(_row("gradient", report.gradient, "stated"))
+    console.show_table(
+        f"cached against live teacher, lockstep, {report.steps} steps, "
+        + ", ".join(f"{node} as {codec}" for node, codec in report.codecs.items()),
+        ["relative gap of", "median", "largest", "bound"],
+        rows,
+    )
+    finals = [
+        [name, f"{_tail(report.cached[name]):.5f}", f"{_tail(report.live[name]):.5f}"]
+        for name in TERMS
+        if name in report.cached
+    ]
+    console.show_table("free-running, mean of the last tenth of the steps", ["loss", "from the cache", "live"], finals)
+    verdict = "within" if report.within_bound else "NOT within"
+    console.say(f"compare: every loss is {verdict} {report.bound:g} of the live teacher's at every step")
+
+
+def _row(name: str, gaps: Sequence[float], bound: str) -> list[str]:
+    return [name, f"{statistics.median(gaps):.2e}", f"{max(gaps):.2e}", bound]
+
+
+def _tail(values: Sequence[float]) -> float:
+    return statistics.fmean(values[-max(1, math.ceil(len(values) / 10)) :])
+
+
+def _write(output: Path, config: Config, run: Run, report: CompareReport) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    document = report.to_json() | {
+        "command": "compare",
+        "config": config_to_json(config),
+        "cache_fingerprint": run.cached.fingerprint,
+        "versions": library_versions(),
+        "hardware": hardware(),
+    }
+    write_atomic(output / "compare.json", json.dumps(document, indent=2).encode())
+    lines = {
+        title: [
+            {"kind": "step", "step": step + 1} | {name: values[step] for name, values in terms.items()}
+            for step in range(report.steps)
+        ]
+        for title, terms in (("from the cache", report.cached), ("live teacher", report.live))
+    }
+    draw_curves(output / "compare.png", lines, "free-running: from the cache against the live teacher")
