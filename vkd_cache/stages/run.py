@@ -94,8 +94,8 @@ def prepare_run(config: Config, split: JobSplit) -> Run:
         IncompleteCacheError: not one view of the cache is complete.
     """
     device = torch.device(resolve_device(config.train.device, split.local_index))
-    source = open_source(config.source.train, split="train", shard_size=config.source.shard_size)
     cache = open_cache(config.cache.url) if config.cache.url and not _plans_alone(config) else None
+    source = open_source(config.source.train, split="train", shard_size=shard_size_of(config, cache))
     if cache is None:
         recipe = make_recipe(config.views)
         planned = parse_view_range(config.views.count) if config.views.count else range(config.train.epochs)
@@ -117,6 +117,12 @@ def prepare_run(config: Config, split: JobSplit) -> Run:
         views=views,
         num_classes=source.num_classes,
     )
+
+
+def shard_size_of(config: Config, cache: Cache | None) -> int:
+    """The shard size to cut a folder source with: the one that the cache was extracted with, where there is one."""
+    counts = cache.manifest.dataset["shard_counts"] if cache is not None else []
+    return max(counts, default=config.source.shard_size)
 
 
 def _plans_alone(config: Config) -> bool:
@@ -147,8 +153,8 @@ def check_same_source(cache: Cache, source: Source) -> None:
         else:
             found = f"{value!r} here, {stored!r} there"
         raise CacheMismatchError(
-            f"{cache.url}: was made from another data set than {source.location}: {name}: {found}. Use the source and "
-            "--shard-size that the cache was extracted with, or extract a new cache."
+            f"{cache.url}: was made from another data set than {source.location}: {name}: {found}. Use the source "
+            "that the cache was extracted from, or extract a new cache."
         )
 
 
