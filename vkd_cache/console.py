@@ -216,7 +216,7 @@ def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.5g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(_cell(entry) for entry in value)
     return str(value)
