@@ -63,7 +63,7 @@ def dominant_labels(unit: Unit, where: str = "cache") -> np.ndarray[tuple[int], 
     if not known.all():
         key = unit.keys[int(np.flatnonzero(~known)[0])]
         raise CorruptCacheError(f"{where}: shard {unit.id.shard}, view {unit.id.view}: no partner of key '{key}'.")
-    return np.where(unit.columns["mix_lambda"] >= 0.5, label, label[position])
+    return np.where(unit.columns["mix_lambda"].astype(np.float32) >= 0.5, label, label[position])
 
 
 def _head(cache: Cache, device: torch.device) -> tuple[Tensor, Tensor] | None:
@@ -74,7 +74,7 @@ def _head(cache: Cache, device: torch.device) -> tuple[Tensor, Tensor] | None:
     head = cache.head() if "pooled" in nodes else None
     if head is None:
         raise CacheFormatError(
-            f"{cache.url}: found nodes {', '.join(sorted(nodes))} and no head, so the teacher's classes cannot be told. "
+            f"{cache.url}: found nodes {', '.join(sorted(nodes))} and no head, expected something that tells classes. "
             "Extract with the node 'pooled' or 'logits' from a teacher that has a classifier."
         )
     weight, bias = head

@@ -1,7 +1,7 @@
 """Stage three: exact top-1 and top-5 of a student, of a teacher, or of the teacher in a cache.
 
-A newcomer's trap: ranks do not get equal shares. Rank r of N takes samples r, r + N, ... of the whole source, none twice
-and none left out, and integers are summed; a sampler that pads would count some images twice.
+A newcomer's trap: ranks do not get equal shares. Rank r of N takes samples r, r + N, ... of the whole source, none
+twice and none left out, and integers are summed; a sampler that pads would count some images twice.
 
 Shape legend: b samples of a batch, K classes, H = W = the model's input side.
 """
@@ -202,7 +202,7 @@ def load_student(config: Config, request: EvalRequest, num_classes: int) -> tupl
     else:
         num_classes = _classes_in(state) or num_classes
     if not wanted:
-        raise ConfigError(f"{where}: does not say which student it holds: give --student, for example deit_ti_distilled.")
+        raise ConfigError(f"{where}: does not say which student it holds. Give --student, as in deit_ti_distilled.")
     with torch.random.fork_rng(devices=[]):  # its random initial weights are replaced at once
         student = create_student(wanted, num_classes, input_px=side_px)
     load_student_weights(student, state, ema=request.ema, where=where)
