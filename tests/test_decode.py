@@ -135,7 +135,7 @@ def test_a_transparent_palette_entry_or_colour_is_white() -> None:
         assert np.asarray(decode_image(data)).tolist() == [[[255, 255, 255], [40, 50, 60]]]
 
 
-def test_cmyk_and_adobe_inverted_cmyk_are_converted() -> None:
+def test_cmyk_as_adobe_writes_it_is_converted() -> None:
     image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # red
     pixels = np.asarray(decode_image(encode(image, "JPEG", quality=95))).astype(int)
     assert np.abs(pixels - [255, 0, 0]).max() <= 4
