@@ -129,12 +129,15 @@ def _row_problems(cache: Cache, record: UnitRecord, unit: Unit) -> Iterator[str]
 
 def _mixing_problems(unit: Unit) -> Iterator[str]:
     columns = unit.columns
-    rows, partner, kind = unit.rows.astype(np.int64), columns["partner"].astype(np.int64), columns["mix_kind"]
+    rows, partner = unit.rows.astype(np.int64), columns["partner"].astype(np.int64)
+    kind = columns["mix_kind"].astype(np.int64)
     weight = columns["mix_lambda"].astype(np.float64)
     if (kind > 2).any() or ((partner == rows) & (kind != 0)).any() or ((partner != rows) & (kind == 0)).any():
         yield "mix_kind is not 0 exactly where a row is its own partner, and 1 or 2 elsewhere."
     if not ((weight >= 0) & (weight <= 1)).all():
         yield "mix_lambda leaves [0, 1]."
+    if not len(rows):
+        return
     position = np.minimum(np.searchsorted(rows, partner), len(rows) - 1)
     if not (rows[position] == partner).all():
         yield "partner names a row that is not in the unit."

@@ -1,0 +1,77 @@
+"""Small units and manifests, drawn from a seed, for the tests of the cache."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from vkd_cache.cache.schema import Manifest, NodeSpec
+from vkd_cache.cache.units import keys_to_columns
+
+NUM_SHARDS = 3
+SHARD_COUNT = 7
+
+
+def make_manifest(**changes: Any) -> Manifest:
+    """A manifest of 3 shards of 7 samples, one pooled node of 5 channels."""
+    fields: dict[str, Any] = {
+        "dataset": {
+            "kind": "tar",
+            "num_classes": 10,
+            "shard_counts": [SHARD_COUNT] * NUM_SHARDS,
+            "shard_hashes": ["a1", "b2", "c3"],
+        },
+        "recipe": {"name": "vkd", "size_px": 224, "scale": [0.08, 1.0]},
+        "seed": 17,
+        "nodes": (make_node("float16"),),
+        "teacher": {"name": "regnety_160", "weights_sha256": "3f2a", "mean": [0.5, 0.5, 0.5]},
+        "head": None,
+        "numerics": {"device": "cpu", "autocast": "off", "batch_size": 64},
+        "versions": {"torch": "2.5.0", "timm": "1.0.15", "pillow": "11.0", "libjpeg": "3.0", "numpy": "2.0"},
+        "backend": "zarr",
+        "block_samples": 0,
+    } | changes
+    if fields["backend"] == "webdataset" and "block_samples" not in changes:
+        fields["block_samples"] = 3
+    return Manifest(**fields)
+
+
+def make_node(codec: str, name: str = "pooled", shape: tuple[int, ...] = (5,)) -> NodeSpec:
+    """A node of a given codec; feature maps have three sizes."""
+    layout = "feature_map" if len(shape) == 3 else "logits" if name == "logits" else "pooled"
+    dtype = "uint8" if codec.endswith("int8") else codec
+    return NodeSpec(name=name, layout=layout, shape=shape, dtype=dtype, codec=codec)
+
+
+def make_columns(num_rows: int, *, seed: int = 0, num_ops: int = 2) -> dict[str, np.ndarray]:
+    """Columns of rows 0..num_rows-1, mixed in pairs; an odd last row is alone."""
+    rng = np.random.default_rng(seed)
+    rows = np.arange(num_rows, dtype=np.uint32)
+    partner = rows ^ np.uint32(1)
+    if num_rows % 2:
+        partner[-1] = rows[-1]
+    pair = rows // 2
+    alone = partner == rows
+    return {
+        **keys_to_columns([f"class_{row % 3}/{seed}-é{row}" for row in range(num_rows)]),
+        "row": rows,
+        "label": rng.integers(0, 10, num_rows).astype(np.uint32),
+        "digest": rng.integers(0, 2**64, num_rows, np.uint64),
+        "seed": rng.integers(0, 2**64, num_rows, np.uint64),
+        "source_size": rng.integers(1, 5000, (num_rows, 2)).astype(np.uint32),
+        "crop": rng.integers(0, 5000, (num_rows, 4)).astype(np.uint32),
+        "flip": rng.integers(0, 2, num_rows).astype(np.uint8),
+        "op_id": rng.integers(0, 20, (num_rows, num_ops)).astype(np.uint8),
+        "op_value": rng.standard_normal((num_rows, num_ops)).astype(np.float32),
+        "erase": rng.integers(0, 224, (num_rows, 4)).astype(np.uint16),
+        "partner": partner,
+        "mix_kind": np.where(alone, 0, 1 + pair % 2).astype(np.uint8),
+        "mix_lambda": np.where(alone, 1.0, 1.0 / (2.0 + pair)).astype(np.float32),
+        "mix_box": np.where(alone[:, None], 0, np.stack([pair] * 4, 1)).astype(np.uint16),
+    }
+
+
+def make_values(num_rows: int, shape: tuple[int, ...] = (5,), *, seed: int = 0) -> torch.Tensor:
+    """Values like those after a ReLU: half of a normal distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((num_rows, *shape), generator=generator).abs()
