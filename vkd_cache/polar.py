@@ -32,14 +32,12 @@ def polar_factor(matrix: Tensor) -> Tensor:
     """The orthonormal factor of `matrix`, differentiable once.
 
     Args:
-        matrix: (m, n) or (n, m), float32 or float64, finite. Its scale does not matter. Where it has not full rank
-            (on the CPU) some orthonormal completion is taken.
+        matrix: (m, n) or (n, m), float32 or float64. Its scale does not matter. Where it has not full rank (on the
+            CPU) some orthonormal completion is taken.
 
     Returns:
-        Same shape and dtype: orthonormal columns where it is tall, rows where it is wide, both where square.
-
-    Raises:
-        torch.linalg.LinAlgError: non-finite numbers in `matrix` (on the CPU).
+        Same shape and dtype: orthonormal columns where it is tall, rows where it is wide, both where square. All NaN
+        where `matrix` holds a number that is not finite.
     """
     weight: Tensor = _polar(matrix)[0]
     return weight
@@ -57,7 +55,7 @@ def _polar(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             spectrum = basis.new_empty(0)
         if tall.shape != matrix.shape:
             factor = factor.mT
-        return factor.to(matrix.dtype, memory_format=torch.contiguous_format, copy=True), basis, spectrum
+        return _laid_out(factor, matrix.dtype), basis.contiguous(), spectrum
 
 
 @_polar.register_fake
@@ -78,8 +76,8 @@ def _polar_backward(gradient: Tensor, factor: Tensor, basis: Tensor, spectrum: T
         skew = inner - inner.mT
         normal = None if tall.shape[0] == tall.shape[1] else outer - tall @ inner  # zero for a square matrix
         if spectrum.numel():
-            floor = spectrum.max().clamp_min(torch.finfo(spectrum.dtype).tiny) * 1e-6
-            values = spectrum.clamp_min(floor)
+            largest = spectrum.max()
+            values = spectrum.clamp_min(torch.where(largest > 0, largest * 1e-6, 1.0))  # finite without full rank
             rotated = (basis.mT @ skew @ basis) / (values[:, None] + values[None, :])
             result = tall @ (basis @ rotated @ basis.mT)
             if normal is not None:
@@ -88,8 +86,7 @@ def _polar_backward(gradient: Tensor, factor: Tensor, basis: Tensor, spectrum: T
             result = tall @ _sylvester_by_newton_schulz(basis, skew)
             if normal is not None:
                 result = result + torch.linalg.solve_ex(basis, normal.mT)[0].mT
-        result = result.mT if wide else result
-        return result.to(gradient.dtype, memory_format=torch.contiguous_format, copy=True)
+        return _laid_out(result.mT if wide else result, gradient.dtype)
 
 
 @_polar_backward.register_fake
@@ -110,6 +107,11 @@ def _backward(ctx: Any, gradient: Tensor, *_unused: Tensor) -> Tensor:
 _polar.register_autograd(_backward, setup_context=_save_for_backward)
 
 
+def _laid_out(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Row by row and sharing nothing with an input: what an operator has to return."""
+    return values.to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+
 def _by_eigenvectors(matrix: Tensor) -> bool:
     return matrix.device.type == "cpu"
 
@@ -121,7 +123,11 @@ def _working_dtype(matrix: Tensor) -> torch.dtype:
 
 def _factor_by_eigenvectors(tall: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(W, V, s) of a tall matrix in its own precision; falls back to more digits, then to the SVD, when needed."""
-    squares, basis = torch.linalg.eigh(tall.mT @ tall)
+    gram = tall.mT @ tall
+    if not bool(gram.isfinite().all()):  # eigh would raise or return numbers, depending on its size
+        nothing = torch.full_like(gram, float("nan"))
+        return torch.full_like(tall, float("nan")), nothing, nothing[0].clone()
+    squares, basis = torch.linalg.eigh(gram)
     spectrum = squares.clamp_min(0).sqrt()
     if bool(spectrum[0] <= _SMALLEST_RATIO[tall.dtype] * spectrum[-1]):
         return _factor_with_care(tall)
