@@ -1,7 +1,6 @@
 """Evaluation: exact counts, however many ranks; broken images; every kind of checkpoint; the teacher in a cache."""
 
 import dataclasses
-import io
 import json
 import os
 import subprocess
@@ -161,7 +160,7 @@ def test_worker_processes_give_the_same(root: Path) -> None:
 
 def test_two_ranks_count_every_image_once(root: Path, tmp_path: Path) -> None:
     checkpoint = save_ours(make_student(), tmp_path / "last.pt")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vkd_cache"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vkd_cache"]
     arguments = ["eval", "--source", str(root / "val"), "--checkpoint", checkpoint, "--student", STUDENT, "--json"]
     arguments += ["--workers", "0", "--batch-size", "4", "--device", "cpu"]
     ran = subprocess.run(

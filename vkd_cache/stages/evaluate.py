@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from vkd_cache import console
 from vkd_cache.cache.reader import open_cache
 from vkd_cache.config import Config
-from vkd_cache.errors import CheckpointError, ConfigError, SourceError
+from vkd_cache.errors import ConfigError, SourceError
 from vkd_cache.metrics import TopK, top_k
 from vkd_cache.runtime import JobSplit, resolve_device
 from vkd_cache.sources import Source, open_source, validation_beside
 from vkd_cache.stages.cached_accuracy import count_cached
 from vkd_cache.stages.rendering import Renderer, RenderTask, render_loader
+from vkd_cache.stages.saved_student import load_student
 from vkd_cache.stages.transfer import ahead_on_device, mixed_images
-from vkd_cache.students import Student, create_student
-from vkd_cache.students.checkpoint import WEIGHT_ENTRIES, load_student_weights, read_torch_file
+from vkd_cache.students import Student
 from vkd_cache.teachers import Teacher, load_teacher
 from vkd_cache.views.blend import normalise
 from vkd_cache.views.recipe import RECIPES, Recipe
@@ -37,8 +37,6 @@ from vkd_cache.views.recipe import RECIPES, Recipe
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_OWN_FORMAT = "vkd-cache checkpoint"
-_CLASSIFIERS = ("head", "fc", "head.fc", "classifier")  # where timm's networks, and the authors', keep theirs
 _SHOWN_BROKEN = 3
 
 
@@ -99,7 +97,7 @@ def evaluate(config: Config, request: EvalRequest, split: JobSplit) -> list[Eval
         if request.checkpoint or request.teacher:
             source = open_validation(config)
             if request.checkpoint:
-                name, student = load_student(config, request, source.num_classes)
+                name, student = load_student(request.checkpoint, config, source.num_classes, ema=request.ema)
                 results.append(accuracy_of(student.to(device), source, config, device, split, name=name))
             if request.teacher:
                 teacher = load_teacher(
@@ -181,56 +179,6 @@ def accuracy_of(
     return _result(name, "val", total, num_broken, time.monotonic() - started)
 
 
-def load_student(config: Config, request: EvalRequest, num_classes: int) -> tuple[str, Student]:
-    """The student of a checkpoint, without its projector, and what to call it.
-
-    Our checkpoints say which student they hold; for others the configuration does. `num_classes`, of the source, is
-    used where neither the checkpoint nor its head's weight says.
-
-    Raises:
-        ConfigError: nothing says which student it is.
-        CheckpointError: the file cannot be read or does not fit the student.
-    """
-    where = request.checkpoint
-    state = read_torch_file(where)
-    wanted, side_px = config.student.name, config.views.size_px
-    if state.get("format") == _OWN_FORMAT:
-        found, side_px, num_classes = _own_settings(state, where)
-        if wanted and wanted != found:
-            raise CheckpointError(f"{where}: holds a '{found}', this run asks for '{wanted}'. Leave --student out.")
-        wanted = found
-    else:
-        num_classes = _classes_in(state) or num_classes
-    if not wanted:
-        raise ConfigError(f"{where}: does not say which student it holds. Give --student, as in deit_ti_distilled.")
-    with torch.random.fork_rng(devices=[]):  # its random initial weights are replaced at once
-        student = create_student(wanted, num_classes, input_px=side_px)
-    load_student_weights(student, state, ema=request.ema, where=where)
-    return f"student {wanted}" + (" (EMA)" if request.ema else ""), student
-
-
-def _own_settings(state: Mapping[str, Any], where: str) -> tuple[str, int, int]:
-    """Name, input side and number of classes of the student in one of our checkpoints."""
-    try:
-        config = state["config"]
-        name, side_px, num_classes = config["student"]["name"], config["views"]["size_px"], state["num_classes"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{where}: says it is a checkpoint of vkd-cache, but lacks {error}. Was it cut short or edited?"
-        ) from error
-    return str(name), int(side_px), int(num_classes)
-
-
-def _classes_in(state: Mapping[str, Any]) -> int:
-    """Rows of the head's weight in a foreign checkpoint; 0: not found."""
-    weights = next((state[entry] for entry in WEIGHT_ENTRIES if isinstance(state.get(entry), Mapping)), state)
-    for name, value in weights.items():
-        bare = str(name).removeprefix("module.").removeprefix("net.")
-        if bare.removesuffix(".weight") in _CLASSIFIERS and isinstance(value, Tensor):
-            return int(value.shape[0])
-    return 0
-
-
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     """(b, K) logits of images (b, 3, H, W) in [0, 1]."""
     with torch.no_grad():
@@ -293,10 +241,12 @@ def _summed(counted: TopK, num_broken: int, split: JobSplit, device: torch.devic
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, and with the global generator (a loader draws from it) untouched."""
     was_training = model.training
     model.eval()
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         model.train(was_training)
 

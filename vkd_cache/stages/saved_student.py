@@ -1,0 +1,71 @@
+"""The student in a checkpoint file, built and loaded: ours, the authors', or a plain state dict.
+
+A newcomer's trap: our checkpoints hold the configuration they were trained with, and it goes before the caller's: a
+student trained at 32 pixels is a 32-pixel student whatever the pipeline says now.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vkd_cache.config import Config
+from vkd_cache.errors import CheckpointError, ConfigError
+from vkd_cache.stages.checkpoints import FORMAT
+from vkd_cache.students import Student, create_student
+from vkd_cache.students.checkpoint import WEIGHT_ENTRIES, load_student_weights, read_torch_file
+
+_CLASSIFIERS = ("head", "fc", "head.fc", "classifier")  # where timm's networks, and the authors', keep theirs
+
+
+def load_student(where: str, config: Config, num_classes: int, *, ema: bool = False) -> tuple[str, Student]:
+    """The student in the checkpoint `where`, without its projector, and what to call it.
+
+    Args:
+        where: the file.
+        config: `student.name` and `views.size_px` are used for files that are not our own checkpoints.
+        num_classes: of the source; used where neither the checkpoint nor its head's weight says.
+        ema: the weight average instead of the weights.
+
+    Raises:
+        ConfigError: nothing says which student it is.
+        CheckpointError: the file cannot be read or does not fit the student.
+    """
+    state = read_torch_file(where)
+    wanted, side_px = config.student.name, config.views.size_px
+    if state.get("format") == FORMAT:
+        found, side_px, num_classes = _own_settings(state, where)
+        if wanted and wanted != found:
+            raise CheckpointError(f"{where}: holds a '{found}', this run asks for '{wanted}'. Leave --student out.")
+        wanted = found
+    else:
+        num_classes = _classes_in(state) or num_classes
+    if not wanted:
+        raise ConfigError(f"{where}: does not say which student it holds. Give --student, as in deit_ti_distilled.")
+    with torch.random.fork_rng(devices=[]):  # its random initial weights are replaced at once
+        student = create_student(wanted, num_classes, input_px=side_px)
+    load_student_weights(student, state, ema=ema, where=where)
+    return f"student {wanted}" + (" (EMA)" if ema else ""), student
+
+
+def _own_settings(state: Mapping[str, Any], where: str) -> tuple[str, int, int]:
+    """Name, input side and number of classes of the student in one of our checkpoints."""
+    try:
+        config = state["config"]
+        name, side_px, num_classes = config["student"]["name"], config["views"]["size_px"], state["num_classes"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{where}: says it is a checkpoint of vkd-cache, but lacks {error}. Was it cut short or edited?"
+        ) from error
+    return str(name), int(side_px), int(num_classes)
+
+
+def _classes_in(state: Mapping[str, Any]) -> int:
+    """Rows of the head's weight in a foreign checkpoint; 0: not found."""
+    weights = next((state[entry] for entry in WEIGHT_ENTRIES if isinstance(state.get(entry), Mapping)), state)
+    for name, value in weights.items():
+        bare = str(name).removeprefix("module.").removeprefix("net.")
+        if bare.removesuffix(".weight") in _CLASSIFIERS and isinstance(value, Tensor):
+            return int(value.shape[0])
+    return 0
