@@ -207,13 +207,14 @@ def _cached_results(config: Config, device: torch.device, split: JobSplit) -> li
     """Accuracy of the cached teacher on each published view, and on all of them."""
     if not config.cache.url:
         raise ConfigError("[cache] url is empty: give --cache, or set it in the pipeline file.")
-    started = time.monotonic()
+    started = mark = time.monotonic()
     cache = open_cache(config.cache.url)
     name = f"cached teacher {cache.manifest.teacher.get('name', 'unknown')}"
     results, everything, all_broken = [], TopK(), 0
     for view, own, own_broken in count_cached(cache, device, split):
         counted, broken = _summed(own, own_broken, split, device)
-        results.append(_result(name, f"view {view}", counted, broken, time.monotonic() - started))
+        before, mark = mark, time.monotonic()
+        results.append(_result(name, f"view {view}", counted, broken, mark - before))
         everything, all_broken = everything + counted, all_broken + broken
     return [*results, _result(name, "all views", everything, all_broken, time.monotonic() - started)]
 
