@@ -29,7 +29,7 @@ class OrthogonalProjector(nn.Module):
     Orthonormal to 1e-5 at every step and computed in float32 whatever autocast says. Kinds: `polar` (default, one
     parameter `matrix` of W's shape), torch's `householder`, `matrix_exp` and `cayley` (parameter and buffer named as
     published: `parametrizations.weight.original`, `parametrizations.weight.0.base`, the latter square with the longer
-    side) and `linear` (`matrix` itself, unconstrained, as ablation).
+    side) and `linear` (parameter `unconstrained`, W itself, as ablation).
 
     Source: VkD (arXiv 2403.06213), section 3.1; deviation: the polar map is ours, the reference trains torch's.
 
@@ -38,6 +38,8 @@ class OrthogonalProjector(nn.Module):
     """
 
     never_decays: ClassVar[bool] = True
+    matrix: nn.Parameter  # of kind polar
+    unconstrained: nn.Parameter  # of kind linear
 
     def __init__(self, in_features: int, out_features: int, kind: str = "polar") -> None:
         super().__init__()
@@ -52,8 +54,9 @@ class OrthogonalProjector(nn.Module):
             carrier = parametrizations.orthogonal(plain, orthogonal_map=kind)
             self.parametrizations = carrier.get_submodule("parametrizations")
         else:
-            self.matrix = nn.Parameter(torch.empty(out_features, in_features))
-            nn.init.orthogonal_(self.matrix)
+            start = nn.init.orthogonal_(torch.empty(out_features, in_features))
+            # two names, so that a checkpoint of one kind is never taken for the other
+            self.register_parameter("matrix" if kind == "polar" else "unconstrained", nn.Parameter(start))
 
     @property
     def weight(self) -> Tensor:
@@ -61,7 +64,7 @@ class OrthogonalProjector(nn.Module):
         if self.kind == "polar":
             return polar_factor(self.matrix)
         if self.kind == "linear":
-            return self.matrix
+            return self.unconstrained
         constraint = self.get_submodule("parametrizations.weight")
         with torch.autocast(next(constraint.parameters()).device.type, enabled=False):
             weight: Tensor = constraint()
