@@ -128,7 +128,7 @@ OPTIONS = {
     "extract": "--source --cache --teacher --teacher-weights --views --dtype --backend --shard-size --batch-size "
     "--workers --device --worker --seed --strict --no-strict --dry-run",
     "train": "--source --val --cache --student --epochs --batch-size --lr --output --resume --seed --amp "
-    "--live-teacher --no-live-teacher --plain --workers --device --dry-run",
+    "--live-teacher --no-live-teacher --teacher --teacher-weights --plain --workers --device --dry-run",
     "eval": "--source --checkpoint --student --ema --teacher --teacher-weights --cache --batch-size --workers "
     "--device --json",
     "verify": "--source --pixels --teacher --teacher-weights --sample --workers --device --json",

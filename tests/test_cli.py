@@ -93,7 +93,6 @@ def test_wrong_values_are_all_named(tmp_path: Path) -> None:
         (["train", "--source", "x", "--student", "s", "--output", "o"], ["[cache] url (--cache)"]),
         (["train", "--source", "x", "--student", "s", "--output", "o", "--live-teacher"], ["[teacher] name"]),
         (["eval", "--checkpoint", "x.pt"], ["[source] val (--source)"]),
-        (["eval", "--source", "x", "--checkpoint", "x.pt"], ["[student] name (--student)"]),
         (["eval", "--source", "x", "--teacher"], ["[teacher] name (--teacher)"]),
         (["eval", "--cache", "--json"], ["[cache] url (--cache)"]),
         (["verify", "memory://cache", "--pixels"], ["[source] train (--source)"]),

@@ -54,6 +54,7 @@ def setting(
     return click.option(flag, f"{section}__{name}", **keywords)
 
 
+_TEACHER_HELP = "timm model name, or package.module:callable that returns an nn.Module"
 _VAL_HELP = "images to evaluate on: a folder or tar pattern; default: val/ beside the training split"
 _VIEWS_HELP = "a count N (views 0..N-1) or a range A:B (views A..B-1); default: 1"
 _SAMPLE_HELP = "samples that --pixels and --teacher look at; 0: all; default: 64"
@@ -123,6 +124,8 @@ def extract(pipeline: str | None, worker: str | None, dry_run: bool, **settings:
 @setting("--seed", "train.seed", metavar="N")
 @setting("--amp", "train.amp")
 @setting("--live-teacher", "train.live_teacher")
+@setting("--teacher", "teacher.name", metavar="NAME", help_text="with --live-teacher: " + _TEACHER_HELP)
+@setting("--teacher-weights", "teacher.weights", metavar="FILE")
 @click.option("--plain", is_flag=True, help="without distillation: feature and logit weights 0")
 @setting("--workers", "train.workers", metavar="N")
 @setting("--device", "train.device", metavar="NAME")
@@ -171,8 +174,7 @@ def evaluate(pipeline: str | None, checkpoint: str, ema: bool, as_json: bool, **
     config = _resolve(pipeline, settings)
     if not config.source.train:  # a layout with train/ and val/ may stand in [source] train
         _require(config, *(["source.val"] if checkpoint or asked["teacher"] else []))
-    _require(config, *(["student.name"] if checkpoint else []), *(["teacher.name"] if asked["teacher"] else []))
-    _require(config, *(["cache.url"] if asked["cache"] else []))
+    _require(config, *(["teacher.name"] if asked["teacher"] else []), *(["cache.url"] if asked["cache"] else []))
     split = _ranks()
     from vkd_cache.stages.evaluate import EvalRequest
     from vkd_cache.stages.evaluate import evaluate as run
@@ -236,8 +238,9 @@ def compare(pipeline: str | None, steps: int, as_json: bool, **settings: object)
     config = _resolve(pipeline, settings, "source.train", "cache.url", "student.name", "teacher.name", "train.output")
     from vkd_cache.stages.compare import compare as run
 
-    _present("Cache against live teacher", run(config, steps=steps).to_json(), as_json)
-    return 0
+    report = run(config, steps=steps)
+    _present("Cache against live teacher", report.to_json(), as_json)
+    return report.exit_code
 
 
 @cli.command(short_help="all of it on real digits, on a CPU, in minutes")
