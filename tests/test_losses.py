@@ -84,7 +84,8 @@ def run_case(
 ) -> dict[str, Tensor]:
     projected = projector(given["z_s"].mean(1))
     output = StudentOutput(given["y_s"], given["y_d"], projected)
-    return (loss or VkdLoss())(output, given["targets"], given["f_t"].mean((2, 3)), given["y_t"]) | {"z_proj": projected}
+    terms = (loss or VkdLoss())(output, given["targets"], given["f_t"].mean((2, 3)), given["y_t"])
+    return terms | {"z_proj": projected}
 
 
 @pytest.mark.parametrize(("name", "kind"), list((KIND | OTHER_MAPS).items()))

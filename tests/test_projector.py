@@ -153,7 +153,9 @@ def train(
 
 
 @pytest.mark.parametrize("decayed", [False, True], ids=["our groups", "decayed on purpose"])
-@pytest.mark.parametrize(("student", "teacher", "steps"), [(192, 3024, 12), (384, 3024, 6), (3024, 192, 12), (192, 192, 12)])
+@pytest.mark.parametrize(
+    ("student", "teacher", "steps"), [(192, 3024, 12), (384, 3024, 6), (3024, 192, 12), (192, 192, 12)]
+)
 def test_polar_stays_alive(student: int, teacher: int, steps: int, decayed: bool) -> None:
     torch.manual_seed(0)
     losses = train(OrthogonalProjector(student, teacher), steps, decayed=decayed)

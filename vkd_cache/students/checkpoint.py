@@ -67,7 +67,8 @@ def load_student_weights(
 
     Returns:
         Names of projector entries that were left aside: the student has no projector, or another kind or width. A
-        projector for which nothing fits keeps the weights it has.
+        projector for which nothing fits keeps the weights it has. torch's three maps share names and shapes, so that
+        entries of one are taken by another.
 
     Raises:
         CheckpointError: no weights in it, no average where one is asked for, or missing, unexpected or misshapen names.
