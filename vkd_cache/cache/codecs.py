@@ -155,6 +155,22 @@ def decode_node(
     return stored
 
 
+def rounding_bound(
+    spec: NodeSpec, arrays: Mapping[str, Array], rows: npt.NDArray[np.integer] | slice | None = None
+) -> torch.Tensor:
+    """How far each stored value may be from the one that was encoded; arguments and shape as for `decode_node`."""
+    values = decode_node(spec, arrays, rows).to(torch.float32)
+    if spec.codec == "token_int8":
+        scale = _tensor(arrays[".scale"][slice(None) if rows is None else rows])
+        return (0.5 * scale).expand(values.shape)
+    if spec.codec == "sqrt_uint8":  # (q + 1/2)^2 - q^2 steps
+        scale = _tensor(arrays[".scale"]).reshape([1, -1] + [1] * (values.ndim - 2))
+        return (values * scale).sqrt_().add_(0.25 * scale)
+    half_steps = {"float32": (0.0, 0.0), "float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 2.0**-134)}
+    relative, smallest = half_steps[spec.codec]
+    return values.abs().mul_(relative).add_(smallest)
+
+
 def _tensor(array: Array) -> torch.Tensor:
     # torch warns of arrays that it may not write to
     return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -13,9 +13,9 @@ import torch
 import xxhash
 from safetensors import SafetensorError
 
-from vkd_cache.cache.codecs import CODEC_ARRAYS, Array, decode_node
+from vkd_cache.cache.codecs import CODEC_ARRAYS, Array, decode_node, rounding_bound
 from vkd_cache.cache.documents import unseal
-from vkd_cache.cache.schema import Manifest, UnitRecord
+from vkd_cache.cache.schema import Manifest, NodeSpec, UnitRecord
 from vkd_cache.cache.storage import Storage, open_storage
 from vkd_cache.cache.units import (
     COLUMNS,
@@ -69,8 +69,15 @@ class Unit:
             CacheFormatError: the cache has no such node.
         """
         spec = self._manifest.node(name)
-        arrays = {suffix: self._arrays[f"node.{name}{suffix}"] for suffix in CODEC_ARRAYS[spec.codec]}
-        return decode_node(spec, arrays, rows)
+        return decode_node(spec, self._stored(spec), rows)
+
+    def rounding(self, name: str, rows: npt.NDArray[np.integer] | slice | None = None) -> torch.Tensor:
+        """How far each value of `node(name, rows)` may be from the teacher's, by its codec alone; float32."""
+        spec = self._manifest.node(name)
+        return rounding_bound(spec, self._stored(spec), rows)
+
+    def _stored(self, spec: NodeSpec) -> dict[str, Array]:
+        return {suffix: self._arrays[f"node.{spec.name}{suffix}"] for suffix in CODEC_ARRAYS[spec.codec]}
 
 
 class Cache:

@@ -1,0 +1,154 @@
+"""Second level of a verification: views rendered again from their stored params, and planned again from the seed.
+
+A newcomer's trap: both are needed. Equal digests show that training will see what the teacher saw; an equal plan shows
+where the params came from, so that further views belong to the same distribution.
+
+Shape legend: b rows of a task.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from vkd_cache import console
+from vkd_cache.cache.reader import Cache, Unit
+from vkd_cache.cache.units import UnitId, unit_path
+from vkd_cache.sources import Source
+from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, pixel_versions, render_loader
+from vkd_cache.stages.verify_sample import Level
+from vkd_cache.views.mixing import drop_partners, plan_mixing
+from vkd_cache.views.params import params_from_columns, params_to_columns
+from vkd_cache.views.plan import plan_view
+from vkd_cache.views.recipe import Recipe
+
+PARAM_COLUMNS = tuple(params_to_columns([], 0))
+
+_BATCH = 64  # views per render task
+_FEW_VIEWS = 512  # rendered here before worker processes would have started
+
+
+class PixelCheck:
+    """The pixels level over the chosen rows of a cache's units; `run` does it."""
+
+    def __init__(self, cache: Cache, source: Source, level: Level) -> None:
+        self._cache = cache
+        self._source = source
+        self._level = level
+        self._recipe = Recipe.from_json(cache.manifest.recipe)
+        self._renderer = Renderer(source, self._recipe, cache.manifest.seed)
+        self._under_way: deque[tuple[RenderTask, Unit]] = deque()
+
+    def run(self, chosen: Mapping[UnitId, npt.NDArray[np.int64]], workers: int) -> None:
+        """Check `chosen` (rows of the source shards by unit) with `workers` processes."""
+        total = sum(map(len, chosen.values()))
+        loader = render_loader(self._renderer, self._tasks(chosen), workers=workers if total > _FEW_VIEWS else 0)
+        with console.track("verify pixels", total, "views") as progress:
+            for batch in loader:
+                task, unit = self._under_way.popleft()
+                for at, part in enumerate(self._each(batch, task)):
+                    self._check_row(part, unit, int(task.row[at]))
+                self._level.checked += len(task.row)
+                progress.advance(len(task.row))
+
+    def _tasks(self, chosen: Mapping[UnitId, npt.NDArray[np.int64]]) -> Iterator[RenderTask]:
+        for unit_id, rows in chosen.items():
+            unit = self._cache.read(*unit_id)
+            self._check_unit(unit)
+            stored = np.isin(rows, unit.rows)
+            # broken images have no params: they are planned, which gets no further than finding them broken
+            for part, replayed in ((rows[stored], True), (rows[~stored], False)):
+                for start in range(0, len(part), _BATCH):
+                    batch_rows = part[start : start + _BATCH]
+                    task = self._task(unit, batch_rows, replayed)
+                    self._under_way.append((task, unit))
+                    yield task
+
+    def _task(self, unit: Unit, rows: npt.NDArray[np.int64], replayed: bool) -> RenderTask:
+        at = np.searchsorted(unit.rows, rows)
+        return RenderTask(
+            tag=None,
+            shard=np.full(len(rows), unit.id.shard, np.int64),
+            row=rows,
+            view=unit.id.view,
+            params={name: unit.columns[name][at] for name in PARAM_COLUMNS} if replayed else None,
+        )
+
+    def _each(self, batch: RenderedBatch, task: RenderTask) -> Iterator[tuple[RenderedBatch, int]]:
+        """Every row as (batch, position in it); rows of a batch that met an error are rendered one by one."""
+        for at in range(len(task.row)):
+            if batch.error is None:
+                yield batch, at
+                continue
+            one = slice(at, at + 1)
+            params = None if task.params is None else {name: values[one] for name, values in task.params.items()}
+            single = RenderTask(tag=None, shard=task.shard[one], row=task.row[one], view=task.view, params=params)
+            yield self._renderer[single], 0
+
+    def _check_row(self, rendered: tuple[RenderedBatch, int], unit: Unit, row: int) -> None:
+        batch, at = rendered
+        where = unit_path(unit.id, self._cache.manifest.backend)
+        key = self._source.shards[unit.id.shard].keys[row]
+        if batch.error is not None:
+            self._level.error(where, str(batch.error))
+            return
+        reasons = dict(batch.broken)
+        place = int(np.searchsorted(unit.rows, row))
+        if place == len(unit.rows) or unit.rows[place] != row:
+            if at not in reasons:
+                self._level.error(
+                    where, f"image of key '{key}' is recorded as broken, but decodes here. Extract into another cache."
+                )
+            return
+        if at in reasons:
+            self._level.error(
+                where, f"image of key '{key}' is broken ({reasons[at]}), but the teacher saw it whole. Restore it."
+            )
+            return
+        found, stored = int(batch.columns["digest"][at]), int(unit.columns["digest"][place])  # type: ignore[arg-type]
+        if found != stored:
+            self._level.error(
+                where,
+                f"view {unit.id.view} of key '{key}' renders to pixels with digest {found:016x}, the teacher saw "
+                f"{stored:016x}. The image file or the decoder changed: {pixel_versions()} here, "
+                f"{pixel_versions(self._cache.manifest.versions)} when the cache was made.",
+            )
+        self._check_plan(unit, place, key, where)
+
+    def _check_plan(self, unit: Unit, place: int, key: str, where: str) -> None:
+        """The seed proves where the params came from."""
+        stored = params_from_columns(unit.columns, place)
+        width, height = stored.source_size
+        seed = self._cache.manifest.seed
+        planned = plan_view(self._recipe, seed, key, unit.id.view, width_px=width, height_px=height)
+        if planned != stored:
+            self._level.error(
+                where,
+                f"view {unit.id.view} of key '{key}': found {stored}, cache seed {seed} plans {planned}. Its params "
+                "are not those of the plan: extract into another cache.",
+            )
+
+    def _check_unit(self, unit: Unit) -> None:
+        """Keys, labels and mixing of a whole unit against source and plan: hashes only, nothing is decoded."""
+        where = unit_path(unit.id, self._cache.manifest.backend)
+        shard = self._source.shards[unit.id.shard]
+        rows = unit.rows.astype(np.int64)
+        if unit.keys != [shard.keys[row] for row in rows]:
+            self._level.error(where, f"holds other keys than shard {unit.id.shard} of {self._source.location}.")
+            return
+        if not np.array_equal(unit.columns["label"], shard.labels[rows]):
+            self._level.error(where, f"holds other labels than shard {unit.id.shard} of {self._source.location}.")
+        plan = plan_mixing(self._recipe, self._cache.manifest.seed, shard.keys, unit.id.view)
+        broken = np.setdiff1d(np.arange(len(shard.keys)), rows)
+        plan = drop_partners(plan, broken.tolist()) if len(broken) else plan
+        planned = {"partner": plan.partner, "mix_kind": plan.kind, "mix_lambda": plan.lam, "mix_box": plan.box}
+        for name, values in planned.items():
+            differing = (unit.columns[name] != values[rows]).reshape(len(rows), -1).any(1)
+            if differing.any():
+                first = int(np.flatnonzero(differing)[0])
+                self._level.error(
+                    where,
+                    f"{name} of key '{unit.keys[first]}': found {unit.columns[name][first].tolist()}, the cache seed "
+                    f"plans {values[rows[first]].tolist()}; {int(differing.sum())} rows differ.",
+                )

@@ -1,0 +1,229 @@
+"""Third level of a verification: the teacher runs again on replayed views, and its values are compared.
+
+A newcomer's trap: batches are put together anew here, and kernels add in another order for another batch. A stored
+value may therefore differ by its codec's rounding and by the noise of the arithmetic that the manifest names.
+
+Shape legend: b rows of a task.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vkd_cache import console
+from vkd_cache.cache.reader import MANIFEST_PATH, Cache, Unit
+from vkd_cache.cache.units import UnitId, unit_path
+from vkd_cache.config import Config, TeacherConfig
+from vkd_cache.runtime import resolve_device
+from vkd_cache.sources import Source
+from vkd_cache.stages.rendering import Renderer, RenderTask, render_loader
+from vkd_cache.stages.teaching import TeacherRun, start_teacher
+from vkd_cache.stages.transfer import ahead_on_device, mixed_images
+from vkd_cache.stages.verify_pixels import PARAM_COLUMNS
+from vkd_cache.stages.verify_sample import Level
+from vkd_cache.teachers import load_teacher
+from vkd_cache.views.params import MixPlan
+from vkd_cache.views.recipe import Recipe
+
+# Noise of the arithmetic, as a share of the largest value of a sample: measured is a tenth of it or less.
+_NOISE = {"off": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+_NOISE_TF32 = 1e-2
+_NOISE_OTHER_DEVICE = 1e-3
+
+Slot = tuple[int, ...]  # places in the unit that belong together: a mixed pair, or one row
+
+
+class _Part(NamedTuple):
+    """Rows of one unit within a task: places in the unit, and which of them were asked for (not just partners)."""
+
+    unit: Unit
+    place: npt.NDArray[np.int64]
+    asked: npt.NDArray[np.bool_]
+
+
+def check_teacher(
+    cache: Cache, source: Source, config: Config, chosen: Mapping[UnitId, npt.NDArray[np.int64]], level: Level
+) -> None:
+    """Run the teacher again on `chosen` (rows of the source shards by unit) and compare.
+
+    Raises:
+        TeacherError: the teacher cannot be had.
+    """
+    run = _start(cache, config, level)
+    if run is None:
+        return
+    recipe = Recipe.from_json(cache.manifest.recipe)
+    under_way: deque[list[_Part]] = deque()
+    tasks = _tasks(cache, chosen, run.batch_size, under_way)
+    renderer = Renderer(source, recipe, cache.manifest.seed)
+    pin = run.device.type == "cuda"
+    with console.track("verify teacher", sum(map(len, chosen.values())), "views") as progress:
+        for batch, pixels in ahead_on_device(render_loader(renderer, tasks, workers=0, pin_memory=pin), run.device):
+            parts = under_way.popleft()
+            if batch.error is not None or batch.broken:
+                reason = str(batch.error) if batch.error is not None else f"broken image: {batch.broken[0][1]}"
+                level.error(MANIFEST_PATH, f"views cannot be replayed ({reason}): see `verify --pixels`.")
+                continue
+            outputs = run(mixed_images(pixels, batch.mix))
+            _compare(cache, run, parts, {name: values.cpu() for name, values in outputs.items()}, level)
+            progress.advance(sum(int(part.asked.sum()) for part in parts))
+
+
+def _start(cache: Cache, config: Config, level: Level) -> TeacherRun | None:
+    """The teacher as the manifest describes it; None, with the reasons noted, if it is not the same one."""
+    manifest = cache.manifest
+    stored: dict[str, Any] = manifest.teacher
+    wanted = TeacherConfig(
+        name=config.teacher.name or stored["name"],
+        weights=config.teacher.weights,
+        num_classes=config.teacher.num_classes or stored["num_classes"],
+        input_px=config.teacher.input_px or stored["input_px"],
+    )
+    nodes = [spec.name for spec in manifest.nodes]
+    teacher = load_teacher(
+        wanted, nodes=nodes, num_classes=manifest.dataset["num_classes"], view_px=manifest.recipe["size_px"]
+    )
+    differing = [name for name in sorted(stored | teacher.identity) if stored.get(name) != teacher.identity.get(name)]
+    for name in differing:
+        message = f"teacher.{name}: found {teacher.identity.get(name)!r}, the cache was made with {stored.get(name)!r}."
+        if name == "timm":
+            level.note(MANIFEST_PATH, message)
+        else:
+            level.error(MANIFEST_PATH, f"{message} Give the same teacher and --teacher-weights.")
+    if set(differing) - {"timm"}:
+        return None
+    numerics = manifest.numerics
+    run_as = dataclasses.replace(
+        config.extract,
+        batch_size=int(numerics["batch_size"]),
+        autocast=numerics["autocast"],
+        channels_last=bool(numerics["channels_last"]),
+        compile=bool(numerics["compiled"]),
+    )
+    run = start_teacher(teacher, run_as, torch.device(resolve_device(config.extract.device)))
+    if run.device.type != numerics["device"]:
+        level.note(MANIFEST_PATH, f"the teacher runs on {run.device.type} here, it ran on {numerics['device']} then.")
+    return run
+
+
+def _tasks(
+    cache: Cache, chosen: Mapping[UnitId, npt.NDArray[np.int64]], batch_size: int, under_way: deque[list[_Part]]
+) -> Iterator[RenderTask]:
+    """Tasks of at most `batch_size` rows, each of one view, with partners; their parts are queued in `under_way`."""
+    waiting: list[_Part] = []
+    count = 0
+    for unit_id in sorted(chosen, key=lambda unit: (unit.view, unit.shard)):
+        unit = cache.read(*unit_id)
+        asked = np.flatnonzero(np.isin(unit.rows, chosen[unit_id]))
+        if waiting and waiting[0].unit.id.view != unit_id.view:
+            yield _task(waiting, under_way)
+            waiting, count = [], 0
+        slots = _slots(unit, asked)
+        while slots:
+            places: list[int] = []
+            while slots and count + len(places) + len(slots[0]) <= batch_size:
+                places += slots.popleft()
+            if places:
+                place = np.array(places, np.int64)
+                waiting.append(_Part(unit, place, np.isin(place, asked)))
+                count += len(places)
+            if slots:
+                yield _task(waiting, under_way)
+                waiting, count = [], 0
+    if waiting:
+        yield _task(waiting, under_way)
+
+
+def _slots(unit: Unit, asked: npt.NDArray[np.int64]) -> deque[Slot]:
+    """The places of a unit to render: what is asked for, each with its partner."""
+    partner = np.searchsorted(unit.rows, unit.columns["partner"][asked])
+    pairs = zip(asked.tolist(), partner.tolist(), strict=True)
+    return deque(dict.fromkeys(tuple(sorted({one, other})) for one, other in pairs))
+
+
+def _task(parts: list[_Part], under_way: deque[list[_Part]]) -> RenderTask:
+    under_way.append(list(parts))
+    starts = np.cumsum([0, *(len(part.place) for part in parts)])
+    partner = np.concatenate([start + _partner(part) for start, part in zip(starts[:-1], parts, strict=True)])
+    columns = {
+        name: np.concatenate([part.unit.columns[name][part.place] for part in parts])
+        for name in (*PARAM_COLUMNS, "mix_kind", "mix_lambda", "mix_box")
+    }
+    kind, lam, box = (columns.pop(name) for name in ("mix_kind", "mix_lambda", "mix_box"))
+    return RenderTask(
+        tag=None,
+        shard=np.concatenate([np.full(len(part.place), part.unit.id.shard, np.int64) for part in parts]),
+        row=np.concatenate([part.unit.rows[part.place].astype(np.int64) for part in parts]),
+        view=parts[0].unit.id.view,
+        mix=MixPlan(
+            partner=partner.astype(np.uint32),
+            kind=kind.astype(np.uint8),
+            lam=lam.astype(np.float32),
+            box=box.astype(np.uint16),
+        ),
+        params=columns,
+    )
+
+
+def _partner(part: _Part) -> npt.NDArray[np.int64]:
+    """Position of each row's partner within the part."""
+    position = np.zeros(len(part.unit), np.int64)
+    position[part.place] = np.arange(len(part.place))
+    partner: npt.NDArray[np.int64] = position[
+        np.searchsorted(part.unit.rows, part.unit.columns["partner"][part.place])
+    ]
+    return partner
+
+
+def _compare(
+    cache: Cache, run: TeacherRun, parts: list[_Part], outputs: Mapping[str, torch.Tensor], level: Level
+) -> None:
+    start = 0
+    for part in parts:
+        asked = np.flatnonzero(part.asked)
+        place = part.place[asked]
+        for name, values in outputs.items():
+            found = values[torch.from_numpy(start + asked)].float()
+            stored = part.unit.node(name, place).float()
+            _compare_node(cache, run, name, (part.unit, place), found, stored, level)
+        level.checked += len(asked)
+        start += len(part.place)
+
+
+def _compare_node(
+    cache: Cache,
+    run: TeacherRun,
+    name: str,
+    at: tuple[Unit, npt.NDArray[np.int64]],
+    found: torch.Tensor,
+    stored: torch.Tensor,
+    level: Level,
+) -> None:
+    unit, place = at
+    noise = _noise(cache, run) * found.flatten(1).abs().amax(1).reshape([-1] + [1] * (found.ndim - 1))
+    excess = ((found - stored).abs() - unit.rounding(name, place) - noise).flatten(1).amax(1)
+    error = (found - stored).flatten(1).norm(dim=1) / found.flatten(1).norm(dim=1).clamp_min(1e-12)
+    largest = f"{name}_error"
+    level.measured[largest] = max(level.measured.get(largest, 0.0), float(error.max()))
+    for row in (~(excess <= 0)).nonzero().flatten().tolist():  # nan is no pass
+        level.error(
+            unit_path(unit.id, cache.manifest.backend),
+            f"node '{name}' of key '{unit.keys[place[row]]}', view {unit.id.view}: the teacher's values differ from "
+            f"the stored ones by {float(error[row]):.2g} of their norm, more than codec "
+            f"{cache.manifest.node(name).codec} and arithmetic explain. Extract into another cache.",
+        )
+
+
+def _noise(cache: Cache, run: TeacherRun) -> float:
+    numerics = cache.manifest.numerics
+    noise = _NOISE[run.autocast]
+    if numerics["tf32"] or run.numerics()["tf32"]:
+        noise = max(noise, _NOISE_TF32)
+    if numerics["device"] != run.device.type:
+        noise = max(noise, _NOISE_OTHER_DEVICE)
+    return noise
