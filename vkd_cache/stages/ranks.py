@@ -1,0 +1,41 @@
+"""Several processes that train or evaluate one model together, as torchrun starts them."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vkd_cache.runtime import JobSplit
+
+
+@contextlib.contextmanager
+def process_group(split: JobSplit, device: torch.device) -> Iterator[None]:
+    """Join the other ranks, where there are any and nobody has: nccl between GPUs, gloo elsewhere."""
+    if split.count == 1 or dist.is_initialized():
+        yield
+        return
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", rank=split.index, world_size=split.count)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def summed(values: Tensor) -> Tensor:
+    """`values` added up over all ranks, in place; nothing waits for a GPU here."""
+    dist.all_reduce(values)
+    return values
+
+
+def gathered(values: Tensor, split: JobSplit) -> list[Tensor]:
+    """`values` of every rank, in rank order."""
+    if split.count == 1:
+        return [values]
+    places = [torch.empty_like(values) for _ in range(split.count)]
+    dist.all_gather(places, values)
+    return places
