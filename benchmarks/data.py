@@ -1,0 +1,212 @@
+"""Made data for the benchmarks: JPEG files cut from two real photographs, tars, units of a cache, whole caches.
+
+A newcomer's trap: the features here come from no network. Their shape, type and distribution are like pooled
+activations after a ReLU (never negative, dense near zero, every channel of its own scale), which is all that storage
+and reading can notice.
+
+Shape legend: n samples, C channels.
+"""
+
+import dataclasses
+import io
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.torch
+import timm
+import torch
+from PIL import Image, ImageEnhance
+
+from vkd_cache.cache.schema import Manifest, NodeSpec
+from vkd_cache.cache.units import UnitId, keys_to_columns
+from vkd_cache.cache.writer import CacheWriter, create_cache
+from vkd_cache.errors import ConfigError
+from vkd_cache.runtime import library_versions
+from vkd_cache.sources import Source, source_identity
+from vkd_cache.stages.rendering import Renderer, render_loader
+from vkd_cache.stages.units import UnitAssembly, unit_tasks
+from vkd_cache.views.mixing import plan_mixing
+from vkd_cache.views.params import params_to_columns
+from vkd_cache.views.plan import plan_view
+from vkd_cache.views.recipe import Recipe
+
+PHOTO_PX = (500, 375)  # width, height: the most common size in ImageNet
+JPEG_QUALITY = 98  # files of about 100 kB; those of ImageNet have 110 kB on average
+NUM_CLASSES = 8
+CODECS = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "uint8": "sqrt_uint8"}
+
+
+def make_photos(folder: Path, count: int, *, seed: int) -> int:
+    """Write `count` JPEG files as a folder of classes.
+
+    Returns:
+        Bytes of all files.
+
+    Raises:
+        ConfigError: scikit-learn, whose wheel holds the photographs, is not installed.
+    """
+    total = 0
+    for number, content in enumerate(photos(count, seed=seed)):
+        path = folder / f"class_{number % NUM_CLASSES}" / f"photo_{number:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        total += len(content)
+    return total
+
+
+def photos(count: int, *, seed: int) -> Iterator[bytes]:
+    """JPEG files: cuts of two photographs, mirrored and exposed at random; errors as `make_photos`."""
+    photographs = _photographs()
+    rng = np.random.default_rng([seed, 1])
+    for number in range(count):
+        picture = photographs[number % len(photographs)]
+        height = int(rng.integers(picture.height // 2, picture.height + 1))
+        width = min(picture.width, round(height * PHOTO_PX[0] / PHOTO_PX[1]))
+        left = int(rng.integers(0, picture.width - width + 1))
+        top = int(rng.integers(0, picture.height - height + 1))
+        cut = picture.resize(PHOTO_PX, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
+        if rng.random() < 0.5:
+            cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        yield jpeg(ImageEnhance.Brightness(cut).enhance(0.8 + 0.4 * float(rng.random())), JPEG_QUALITY)
+
+
+def jpeg(image: Image.Image, quality: int) -> bytes:
+    """`image` as a JPEG file."""
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=quality)
+    return stream.getvalue()
+
+
+def pack_samples(path: Path, samples: Iterable[tuple[str, bytes, int]]) -> int:
+    """Write (key, JPEG, label) samples as one WebDataset tar whose bytes depend on nothing else.
+
+    Returns:
+        Number of samples.
+    """
+    count = 0
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, content, label in samples:
+            for suffix, body in (("jpg", content), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{key}.{suffix}")  # mtime 0, no owner
+                member.size = len(body)
+                tar.addfile(member, io.BytesIO(body))
+            count += 1
+    return count
+
+
+def _photographs() -> list[Image.Image]:
+    try:
+        folder = resources.files("sklearn.datasets.images")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "scikit-learn is not installed, and its wheel holds the photographs that the benchmarks cut up. Install "
+            "vkd-cache[demo]."
+        ) from error
+    pictures = []
+    for name in ("china.jpg", "flower.jpg"):
+        with folder.joinpath(name).open("rb") as file:
+            pictures.append(Image.open(file).convert("RGB"))
+    return pictures
+
+
+def pooled_features(count: int, width: int, *, seed: int) -> torch.Tensor:
+    """(n, C) float16 values like pooled activations: gamma distributed, channel scales spread log-normally."""
+    rng = np.random.default_rng([seed, 2])
+    scale = np.exp(rng.standard_normal(width, np.float32))
+    values = rng.standard_gamma(0.6, (count, width), np.float32) * scale * np.float32(0.1)
+    return torch.from_numpy(values).to(torch.float16)
+
+
+def unit_columns(recipe: Recipe, keys: Sequence[str], *, seed: int) -> dict[str, npt.NDArray[np.generic]]:
+    """The columns of one unit as extraction writes them, of photographs that nobody rendered."""
+    rng = np.random.default_rng([seed, 3])
+    params = [plan_view(recipe, seed, key, 0, width_px=PHOTO_PX[0], height_px=PHOTO_PX[1]) for key in keys]
+    mix = plan_mixing(recipe, seed, keys, 0)
+    count = len(keys)
+    return {
+        **keys_to_columns(keys),
+        **params_to_columns(params, recipe.max_ops),
+        "row": np.arange(count, dtype=np.uint32),
+        "label": rng.integers(0, 1000, count).astype(np.uint32),
+        "digest": rng.integers(0, 2**64, count, np.uint64),
+        "partner": mix.partner,
+        "mix_kind": mix.kind,
+        "mix_lambda": mix.lam,
+        "mix_box": mix.box,
+    }
+
+
+def imagenet_keys(count: int) -> list[str]:
+    """Keys of the length that a folder of ImageNet gives: `n01440764/n01440764_10026`."""
+    return [f"n{1440764 + row % 1000:08d}/n{1440764 + row % 1000:08d}_{10000 + row}" for row in range(count)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Form:
+    """How a made node is stored: channels, type, container."""
+
+    width: int
+    dtype: str
+    backend: str
+
+
+def make_manifest(recipe: Recipe, dataset: dict[str, object], form: Form) -> Manifest:
+    """A manifest of a cache with one pooled node."""
+    node = NodeSpec(
+        name="pooled", layout="pooled", shape=(form.width,), dtype=form.dtype, codec=CODECS[form.dtype]
+    )
+    return Manifest(
+        dataset=dataset,
+        recipe=recipe.to_json(),
+        seed=0,
+        nodes=(node,),
+        teacher={"name": "made features", "width": form.width},
+        head=None,
+        numerics={"device": "cpu", "autocast": "off", "batch_size": 64},
+        versions=library_versions(),
+        backend=form.backend,
+        block_samples=256 if form.backend == "webdataset" else 0,
+    )
+
+
+def unit_store(url: str, recipe: Recipe, form: Form, *, units: int, count: int) -> CacheWriter:
+    """An empty cache of `units` shards of `count` samples, to publish into."""
+    dataset: dict[str, object] = {
+        "kind": "made",
+        "num_classes": 1000,
+        "shard_counts": [count] * units,
+        "shard_hashes": [f"{unit:032x}" for unit in range(units)],
+    }
+    return create_cache(url, make_manifest(recipe, dataset, form))
+
+
+def make_cache(url: str, source: Source, recipe: Recipe, form: Form, *, workers: int) -> CacheWriter:
+    """A cache of one view of `source`, rendered, so that digests can be checked; the features are made."""
+    manifest = make_manifest(recipe, source_identity(source).to_json(), form)
+    writer = create_cache(url, manifest)
+    units = [UnitId(shard, 0) for shard in range(len(source.shards))]
+    tasks = [task for unit in units for task in unit_tasks(source, recipe, manifest.seed, unit, 64)]
+    assembly: UnitAssembly | None = None
+    rendered = render_loader(Renderer(source, recipe, manifest.seed), tasks, workers=workers)
+    for number, batch in enumerate(rendered):
+        unit, last = batch.tag
+        assembly = assembly or UnitAssembly(source, unit)
+        assembly.add(batch, {"pooled": pooled_features(len(batch.row), form.width, seed=number)})
+        if last:
+            writer.publish(*unit, *assembly.finish())
+            assembly = None
+    return writer
+
+
+def random_weights(name: str, path: Path, *, seed: int, num_classes: int = 1000) -> str:
+    """Write the seeded random weights of a timm model as a safetensors file, and return its path: a teacher that
+    teaches nothing costs as much as one that does."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = timm.create_model(name, num_classes=num_classes)
+    safetensors.torch.save_file(model.state_dict(), path)
+    return str(path)
