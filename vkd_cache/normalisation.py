@@ -25,6 +25,10 @@ class Whitening:
     mean: Tensor
     matrix: Tensor
 
+    def to(self, device: torch.device) -> "Whitening":
+        """The same on another device."""
+        return Whitening(mean=self.mean.to(device), matrix=self.matrix.to(device))
+
 
 def whitening_statistics(features: Tensor, eps: float = 1e-5) -> Whitening:
     """ZCA statistics of teacher features (N, C), computed in float64, stored in float32.

@@ -63,39 +63,54 @@ def find_checkpoint(config: Config) -> Path | None:
     last = Path(config.train.output) / LAST
     if config.train.resume == "auto":
         return last if last.is_file() else None
-    if config.train.resume:
-        path = Path(config.train.resume)
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such checkpoint. Give a last.pt, or auto to use the one in --output.")
+    path = Path(config.train.resume) if config.train.resume else None
+    if path is not None and not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint. Give a last.pt, or auto to use the one in --output.")
+    if path is not None and path.resolve().parent == last.parent.resolve():
         return path
     if last.is_file():
         raise ConfigError(
             f"{config.train.output}: holds a training run. Continue it with --resume auto, or give another --output."
         )
-    return None
+    return path
 
 
-def check_same_run(path: Path, state: dict[str, Any], config: Config) -> None:
-    """Refuse to continue a run under a configuration that would change its result.
+def check_same_run(path: Path, state: dict[str, Any], config: Config, identity: dict[str, Any]) -> None:
+    """Refuse to continue a run under anything that would change its result.
+
+    Args:
+        path: of the checkpoint, for the message.
+        state: its content.
+        config: of this run, resolved.
+        identity: what decides the result besides the configuration, of this run.
 
     Raises:
         CheckpointError: every differing field with both values.
     """
-    stored, now = state["config"], config_to_json(config)
     differences = []
-    for section, fields in now.items():
-        for name, value in fields.items():
-            if name in FREE_FIELDS.get(section, set()):
-                continue
+    for section, fields in config_to_json(config).items():
+        before = state["config"].get(section, {})
+        differences += [
+            f"  [{section}] {name}: {before.get(name)!r} in the checkpoint, {value!r} now"
+            for name, value in fields.items()
             # a checkpoint holds what JSON can: tuples come back as lists
-            before = stored.get(section, {}).get(name)
-            if _plain(before) != _plain(value):
-                differences.append(f"  [{section}] {name}: {before!r} in the checkpoint, {value!r} now")
+            if name not in FREE_FIELDS.get(section, set()) and _plain(before.get(name)) != _plain(value)
+        ]
+    for name, value in identity.items():
+        stored = state["identity"].get(name)
+        if stored != value:
+            differences.append(f"  {name}: {stored!r} in the checkpoint, {value!r} now")
     if differences:
         raise CheckpointError(
-            f"{path}: was made with another configuration:\n" + "\n".join(differences) + "\nContinue with the same "
-            "configuration, or start a new run in another --output."
+            f"{path}: was made by another run:\n" + "\n".join(differences) + "\nContinue with the same "
+            "configuration, data and processes, or start a new run in another --output."
         )
+
+
+def remove_stale(output: Path) -> None:
+    """Remove what a killed process left of a file it was writing."""
+    for path in output.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vkd_cache.cache.reader import Unit
+from vkd_cache import console
 from vkd_cache.errors import CorruptCacheError
+from vkd_cache.stages.joining import Part, joined_columns, joined_mix, joined_nodes
 from vkd_cache.stages.order import EpochOrder
 from vkd_cache.stages.rendering import (
     VERSIONS_MARK,
@@ -28,9 +29,9 @@ from vkd_cache.stages.rendering import (
     render_loader,
 )
 from vkd_cache.stages.unit_views import CachedViews, ShardView, Views
-from vkd_cache.views.params import Columns, MixPlan
+from vkd_cache.views.params import MixPlan
 
-PARAM_COLUMNS = ("seed", "source_size", "crop", "flip", "op_id", "op_value", "erase")
+SHOWN_BROKEN = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,9 @@ class FedBatch:
     rendered: RenderedBatch
     nodes: dict[str, torch.Tensor]
 
+    def __len__(self) -> int:
+        return len(self.rendered.row)
+
     @property
     def pixels(self) -> torch.Tensor:
         """(b, H, W, 3) uint8 views, not mixed yet."""
@@ -87,6 +91,7 @@ class Feed:
         self._schedule = schedule
         self._nodes = tuple(nodes)
         self._open: OrderedDict[tuple[int, int], Future[ShardView]] = OrderedDict()
+        self._broken: set[str] = set()
         self._pending: deque[tuple[int, int, bool, dict[str, torch.Tensor]]] = deque()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="units")
 
@@ -95,6 +100,11 @@ class Feed:
 
     def __exit__(self, *_: object) -> None:
         self._reader.shutdown(cancel_futures=True)
+
+    @property
+    def num_broken(self) -> int:
+        """Broken images left out so far: those that the cache records, or those that this rank met."""
+        return max(self._views.num_broken, len(self._broken))
 
     def view_of(self, epoch: int) -> int:
         """The view that an epoch shows: the views take turns."""
@@ -113,28 +123,27 @@ class Feed:
             open_shards=schedule.open_shards,
         )
 
-    def batches(
-        self, *, epoch: int, step: int, workers: int, pin_memory: bool = False
-    ) -> Iterator[FedBatch]:
+    def batches(self, *, epoch: int, step: int, workers: int, pin_memory: bool = False) -> Iterator[FedBatch]:
         """Batches from (epoch, step) to the end of the last epoch.
 
         Raises:
             CorruptCacheError: a replayed view has other pixels than the teacher saw, or a unit is damaged.
             SourceError: an image that is in the cache cannot be read any more.
         """
-        loader = render_loader(
-            self._renderer, self._tasks(epoch, step), workers=workers, pin_memory=pin_memory
-        )
+        tasks = self._tasks(epoch, step, pin_memory)
+        loader = render_loader(self._renderer, tasks, workers=workers, pin_memory=pin_memory)
         for rendered in loader:
             at_epoch, at_step, ends_epoch, nodes = self._pending.popleft()
             if rendered.error is not None:
                 raise self._explained(rendered.error)
             if rendered.broken:
-                self._refuse_broken_replay(rendered)
+                if isinstance(self._views, CachedViews):
+                    raise self._broken_replay(rendered)
+                self._note_broken(rendered)
                 _leave_out_broken(rendered)
             yield FedBatch(epoch=at_epoch, step=at_step, ends_epoch=ends_epoch, rendered=rendered, nodes=nodes)
 
-    def _tasks(self, epoch: int, step: int) -> Iterator[RenderTask]:
+    def _tasks(self, epoch: int, step: int, pin_memory: bool) -> Iterator[RenderTask]:
         for at_epoch in range(epoch, self._schedule.epochs):
             order = self.order(at_epoch)
             view = self.view_of(at_epoch)
@@ -147,6 +156,8 @@ class Feed:
                     self._read_ahead(windows[reached : reached + 2], view)
                     ahead = reached
                 task, nodes = self._task(slots, view, at_epoch, number)
+                if pin_memory:  # else the copy to a GPU waits for the GPU
+                    nodes = {name: values.pin_memory() for name, values in nodes.items()}
                 self._pending.append((at_epoch, number, number + 1 == order.num_steps, nodes))
                 yield task
             step = 0
@@ -169,35 +180,49 @@ class Feed:
         self, slots: npt.NDArray[np.int64], view: int, epoch: int, step: int
     ) -> tuple[RenderTask, dict[str, torch.Tensor]]:
         units = {int(shard): self._unit(int(shard), view).result() for shard in np.unique(slots[:, 0])}
-        pairs = np.array([units[shard].slots[slot] for shard, slot in slots.tolist()]).reshape(-1)
-        shard = np.repeat(slots[:, 0], 2)[pairs >= 0]
-        row = pairs[pairs >= 0]
-        replay = _Replay.of(units, shard, row)
-        check = None
-        if replay.digest is not None and self._schedule.digest_check > 0:
-            check = _chosen(len(row), self._schedule, epoch, step)
+        pairs = np.empty((len(slots), 2), np.int64)
+        for number, content in units.items():
+            here = slots[:, 0] == number
+            pairs[here] = content.slots[slots[here, 1]]
+        used = pairs.reshape(-1) >= 0
+        shard, row = np.repeat(slots[:, 0], 2)[used], pairs.reshape(-1)[used]
+        parts = [
+            Part(content, position, row[position])
+            for content, position in ((content, np.flatnonzero(shard == number)) for number, content in units.items())
+        ]
+        columns = joined_columns(parts, len(row))
+        digest = columns.pop("digest", None)
         task = RenderTask(
             tag=(epoch, step),
             shard=shard,
             row=row,
             view=view,
-            mix=_joined_mix(units, shard, row),
-            params=replay.params,
-            digest=replay.digest,
-            check=check,
+            mix=joined_mix(parts, len(row)),
+            params=columns or None,
+            digest=None if digest is None else digest.astype(np.uint64),
+            check=None if digest is None else _chosen(len(row), self._schedule, epoch, step),
         )
-        return task, replay.nodes(self._nodes)
+        return task, joined_nodes(parts, len(row), self._nodes)
 
-    def _refuse_broken_replay(self, rendered: RenderedBatch) -> None:
+    def _broken_replay(self, rendered: RenderedBatch) -> CorruptCacheError:
         """An image that the teacher saw must still be there; one that nobody has seen yet may be broken."""
-        if isinstance(self._views, CachedViews):
-            position, reason = rendered.broken[0]
-            source = self._renderer.source
-            key = source.shards[int(rendered.shard[position])].keys[int(rendered.row[position])]
-            raise CorruptCacheError(
-                f"{source.location}: image of key '{key}' is broken ({reason}), but the teacher saw it whole. Restore "
-                "the file, or extract anew."
-            )
+        source = self._renderer.source
+        return CorruptCacheError(
+            f"{source.location}: image of key '{self._key(rendered, 0)}' is broken ({rendered.broken[0][1]}), but the "
+            f"teacher saw view {rendered.view} of it whole. Restore the file, or extract anew."
+        )
+
+    def _note_broken(self, rendered: RenderedBatch) -> None:
+        """Remember each broken image, and say of the first few that they are left out."""
+        for number, (_, reason) in enumerate(rendered.broken):
+            key = self._key(rendered, number)
+            if key not in self._broken and len(self._broken) < SHOWN_BROKEN:
+                console.warn(f"{self._renderer.source.location}: '{key}' is broken ({reason}) and left out")
+            self._broken.add(key)
+
+    def _key(self, rendered: RenderedBatch, number: int) -> str:
+        position = rendered.broken[number][0]
+        return self._renderer.source.shards[int(rendered.shard[position])].keys[int(rendered.row[position])]
 
     def _explained(self, error: Exception) -> Exception:
         """Put the cache's own versions into a digest error: the worker that found it does not know them."""
@@ -205,63 +230,6 @@ class Feed:
             return error
         theirs = pixel_versions(self._views.versions)
         return type(error)(str(error).replace(VERSIONS_MARK, f", {theirs} when the cache was made"))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Replay:
-    """Stored params and node values of a batch's samples, gathered unit by unit."""
-
-    params: Columns | None
-    digest: npt.NDArray[np.uint64] | None
-    parts: list[tuple[npt.NDArray[np.int64], Unit, npt.NDArray[np.int64]]]
-
-    @classmethod
-    def of(
-        cls, units: dict[int, ShardView], shard: npt.NDArray[np.int64], row: npt.NDArray[np.int64]
-    ) -> "_Replay":
-        parts = []
-        for number, content in units.items():
-            if content.unit is None:
-                return cls(params=None, digest=None, parts=[])
-            position = np.flatnonzero(shard == number)
-            parts.append((position, content.unit, np.searchsorted(content.unit.rows, row[position])))
-        columns: dict[str, npt.NDArray[np.generic]] = {}
-        for name in (*PARAM_COLUMNS, "digest"):
-            first = parts[0][1].columns[name]
-            columns[name] = np.empty((len(row), *first.shape[1:]), first.dtype)
-            for position, unit, unit_row in parts:
-                columns[name][position] = unit.columns[name][unit_row]
-        digest = columns.pop("digest").astype(np.uint64)
-        return cls(params=columns, digest=digest, parts=parts)
-
-    def nodes(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Node values in batch order."""
-        joined: dict[str, torch.Tensor] = {}
-        for name in names if self.parts else ():
-            order = torch.from_numpy(np.argsort(np.concatenate([position for position, _, _ in self.parts])))
-            joined[name] = torch.cat([unit.node(name, rows) for _, unit, rows in self.parts])[order]
-        return joined
-
-
-def _joined_mix(
-    units: dict[int, ShardView], shard: npt.NDArray[np.int64], row: npt.NDArray[np.int64]
-) -> MixPlan:
-    """The mixing of a batch, partners as positions within it."""
-    count = len(row)
-    partner = np.arange(count, dtype=np.uint32)
-    kind = np.zeros(count, np.uint8)
-    lam = np.ones(count, np.float32)
-    box = np.zeros((count, 4), np.uint16)
-    for number, content in units.items():
-        position = np.flatnonzero(shard == number)
-        rows = row[position]
-        where = np.full(len(content.mix.partner), -1, np.int64)
-        where[rows] = position
-        partner[position] = where[content.mix.partner[rows]]
-        kind[position] = content.mix.kind[rows]
-        lam[position] = content.mix.lam[rows]
-        box[position] = content.mix.box[rows]
-    return MixPlan(partner=partner, kind=kind, lam=lam, box=box)
 
 
 def _chosen(count: int, schedule: Schedule, epoch: int, step: int) -> npt.NDArray[np.bool_]:

@@ -5,6 +5,7 @@ behind its checkpoint, so the file reads as if nothing had happened.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ CURVES_NAME = "curves.png"
 class Journal:
     """Appends to a run's log; a context manager."""
 
-    def __init__(self, output: Path, *, upto_step: int, tensorboard: bool = False) -> None:
-        self._path = output / LOG_NAME
-        kept = [line for line in read_log(self._path) if line["step"] <= upto_step]
-        write_atomic(self._path, b"".join(_line(entry) for entry in kept))
-        self._file = self._path.open("ab")
-        self._events = _tensorboard_writer(output) if tensorboard else None
+    def __init__(self, output: Path, *, upto_step: int = 0, evaluated: bool = True, tensorboard: bool = False) -> None:
+        """Open the log of a run that goes on after `upto_step`; `evaluated`: that step's evaluation is behind it."""
+        self._events = _tensorboard_writer(output, upto_step) if tensorboard else None
+        path = output / LOG_NAME
+        last = {"step": upto_step, "eval": upto_step if evaluated else upto_step - 1}
+        kept = [line for line in read_log(path) if line["step"] <= last[line["kind"]]]
+        write_atomic(path, b"".join(_line(entry) for entry in kept))
+        self._file = path.open("ab")
 
     def __enter__(self) -> "Journal":
         return self
@@ -43,6 +46,10 @@ class Journal:
                 if isinstance(value, float):
                     self._events.add_scalar(f"{kind}/{name}", value, step)
 
+    def sync(self) -> None:
+        """Put the lines on the disk: before a checkpoint that lies behind them."""
+        os.fsync(self._file.fileno())
+
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a log; a last line cut short by a crash is dropped."""
@@ -56,14 +63,14 @@ def _line(entry: Mapping[str, Any]) -> bytes:
     return json.dumps(entry).encode() + b"\n"
 
 
-def _tensorboard_writer(output: Path) -> Any:
+def _tensorboard_writer(output: Path, upto_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError(
             "[train] tensorboard: the tensorboard package is not installed: pip install 'vkd-cache[tensorboard]'."
         ) from error
-    return SummaryWriter(log_dir=str(output / "tensorboard"))
+    return SummaryWriter(log_dir=str(output / "tensorboard"), purge_step=upto_step + 1)
 
 
 def draw_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> None:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from vkd_cache.config import Config
 from vkd_cache.losses import VkdLoss, mix_targets
+from vkd_cache.normalisation import Whitening
 from vkd_cache.optim import make_ema, parameter_groups
 from vkd_cache.stages.feed import FedBatch
+from vkd_cache.stages.ranks import broadcast_first, summed
 from vkd_cache.stages.supply import Supply, TeacherOutput
 from vkd_cache.stages.transfer import mixed_images
 from vkd_cache.students import Student, create_student
@@ -38,11 +40,19 @@ class Learner:
     """
 
     def __init__(
-        self, config: Config, *, num_classes: int, teacher_width: int | None, device: torch.device, world: int = 1
+        self,
+        config: Config,
+        *,
+        num_classes: int,
+        teacher_width: int | None,
+        device: torch.device,
+        world: int = 1,
+        whitening: Whitening | None = None,
     ) -> None:
         self._config = config
         self._num_classes = num_classes
         self._device = device
+        self._world = world
         torch.manual_seed(config.train.seed)
         student = create_student(
             config.student.name,
@@ -55,6 +65,8 @@ class Learner:
         if config.student.sync_batchnorm and device.type == "cuda" and world > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
         self.student: Student = student.to(device)
+        # made once: a tensor from numbers is a copy that waits for the GPU
+        self._mean, self._std = (torch.tensor(v, device=device) for v in (student.mean, student.std))
         self.ema = make_ema(self.student, config.train.ema_decay) if config.train.ema_decay > 0 else None
         self.model = self._wrapped(world)
         train = config.train
@@ -63,6 +75,7 @@ class Learner:
             lr=train.lr,
             betas=(train.beta1, train.beta2),
             eps=train.eps,
+            fused=device.type == "cuda",  # the other kernels wait for the GPU under a gradient scaler
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.amp == "fp16")
         loss = config.loss
@@ -73,6 +86,7 @@ class Learner:
             temperature=loss.temperature,
             feature_loss=loss.feature_loss,
             normalisation=loss.normalisation,
+            whitening=whitening,
         )
 
     def _wrapped(self, world: int) -> nn.Module:
@@ -80,32 +94,47 @@ class Learner:
         if self._config.train.compile:
             model = torch.compile(model)  # type: ignore[assignment]
         if world > 1:
-            # the distillation head of some students gets no gradient while the logit loss is off
-            unused = self._config.loss.logit_weight == 0 or self._config.loss.task_weight == 0
             ids = [self._device.index] if self._device.type == "cuda" else None
-            model = nn.parallel.DistributedDataParallel(model, device_ids=ids, find_unused_parameters=unused)
+            model = nn.parallel.DistributedDataParallel(model, device_ids=ids)
         return model
 
     def step(
         self, batches: Sequence[tuple[FedBatch, Tensor]], supply: Supply, lr: float, seed: int
     ) -> dict[str, Tensor]:
-        """One optimizer step over `batches` of (batch, its pixels on the device), gradients averaged over them.
+        """One optimizer step over `batches` of (batch, its pixels on the device).
+
+        The gradient is that of the mean over all samples of these batches on all ranks, whatever their sizes: odd
+        shards and broken images make some batches smaller.
 
         Returns:
-            The mean of each loss term that is on, as tensors on the device: nothing waits for a GPU here.
+            The mean of each loss term that is on, as tensors on the device, such that their mean over the ranks is
+            the mean over all samples. Nothing waits for a GPU here.
         """
         self.model.train()
         torch.manual_seed(seed)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         sums: dict[str, Tensor] = {}
-        for number, (batch, pixels) in enumerate(batches, start=1):
+        for number, ((batch, pixels), share) in enumerate(zip(batches, self._shares(batches), strict=True), start=1):
             with self._synchronised(number == len(batches)):
+                if len(batch) == 0:
+                    self._pass_idly(pixels)
+                    continue
                 images = mixed_images(pixels, batch.rendered.mix)
                 terms = self.losses(batch, images, supply(batch, images))
-                self.scaler.scale(terms["total"] / len(batches)).backward()  # type: ignore[no-untyped-call]
+                self.backward(terms["total"] * share)
             for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value.detach() / len(batches)
+                sums[name] = sums.get(name, 0.0) + value.detach() * share
+        if sums or self._world > 1:
+            self.update(lr)
+        return sums
+
+    def backward(self, loss: Tensor, *, keep_graph: bool = False) -> None:
+        """Add the gradients of `loss`, scaled under fp16, to those that are there."""
+        self.scaler.scale(loss).backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
+
+    def update(self, lr: float) -> None:
+        """Move the weights along the gradients, clear these, and move the average along."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         if self._config.train.clip_grad > 0:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.student.parameters(), self._config.train.clip_grad)
@@ -114,7 +143,27 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update_parameters(self.student)
-        return sums
+
+    def _shares(self, batches: Sequence[tuple[FedBatch, Tensor]]) -> list[Any]:
+        """Each batch's part of all samples of the step, times the number of ranks, over which DDP takes the mean."""
+        sizes = [len(batch) for batch, _ in batches]
+        if self._world == 1:
+            return [size / max(1, sum(sizes)) for size in sizes]
+        total = summed(torch.full((), float(sum(sizes)), device=self._device)).clamp_min_(1)
+        return [size * self._world / total for size in sizes]
+
+    def _pass_idly(self, pixels: Tensor) -> None:
+        """Take part in the other ranks' step with gradients of zero: every image of this batch is broken."""
+        if self._world == 1:
+            return
+        output = self.outputs(pixels.new_zeros(2, 3, *pixels.shape[1:3]).float())
+        self.backward(sum(part.float().sum() for part in output if part is not None) * 0.0)
+
+    def align_ranks(self) -> None:
+        """Give every rank the first one's batch-norm statistics: they are what is saved, and so what to evaluate."""
+        if self._world > 1:
+            modules = [self.student, *([self.ema.module] if self.ema is not None else [])]
+            broadcast_first([buffer for module in modules for buffer in module.buffers()])
 
     def losses(self, batch: FedBatch, images: Tensor, teacher: TeacherOutput) -> dict[str, Tensor]:
         """Loss terms of one batch at the current weights; `images` (b, 3, H, W) in [0, 1] are mixed already."""
@@ -125,7 +174,7 @@ class Learner:
         dtype = AMP_DTYPES[self._config.train.amp]
         cast: Any = torch.autocast(self._device.type, dtype) if dtype is not None else contextlib.nullcontext()
         with cast:
-            return self.model(normalise(images, self.student.mean, self.student.std))
+            return self.model(normalise(images, self._mean, self._std))
 
     def targets(self, batch: FedBatch) -> Tensor:
         """(b, K) task targets: lambda-weighted, smoothed one-hot labels."""
@@ -142,6 +191,10 @@ class Learner:
         if last or not isinstance(self.model, nn.parallel.DistributedDataParallel):
             return contextlib.nullcontext()
         return self.model.no_sync()
+
+    def is_finite(self) -> bool:
+        """Whether all weights are finite; waits for the device."""
+        return bool(torch.stack([parameter.detach().sum() for parameter in self.student.parameters()]).isfinite().all())
 
     def state(self) -> dict[str, Any]:
         """Everything that a step changes."""

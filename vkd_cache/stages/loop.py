@@ -1,61 +1,44 @@
-"""The steps of a training run, in order, with what is kept between them: place, sums, best, and the wish to stop."""
+"""The steps of a training run, in order, and what happens between them: log lines, evaluations, checkpoints, stops.
+
+An epoch ends in this order: `last.pt` is saved with the evaluation due, the student is evaluated, `best.pt` is saved
+where it is one, then `last.pt` again. So a crash or a signal at any moment costs at most what came after the last
+checkpoint, and a run that continues does exactly what the uninterrupted one did.
+"""
 
 import contextlib
-import dataclasses
 import json
 import math
-import resource
-import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from vkd_cache import console
 from vkd_cache.config import config_to_json
-from vkd_cache.errors import ConfigError, IncompleteCacheError, VkdCacheError
+from vkd_cache.errors import ConfigError
 from vkd_cache.optim import cosine_lr
 from vkd_cache.runtime import hardware, library_versions, write_atomic
-from vkd_cache.stages.checkpoints import BEST, LAST, check_same_run, read_checkpoint, save_checkpoint
-from vkd_cache.stages.evaluate import EvalResult, accuracy_of
+from vkd_cache.stages.accuracy import accuracy_of
+from vkd_cache.stages.checkpoints import BEST, LAST, check_same_run, read_checkpoint, remove_stale, save_checkpoint
 from vkd_cache.stages.feed import FedBatch
 from vkd_cache.stages.journal import CURVES_NAME, LOG_NAME, Journal, draw_curves, read_log
-from vkd_cache.stages.learner import TERMS, step_seed
+from vkd_cache.stages.learner import step_seed
 from vkd_cache.stages.run import Run
+from vkd_cache.stages.standing import LossWindow, Standing, not_finite
+from vkd_cache.stages.stopping import Stopped, StopSignals
 from vkd_cache.stages.supply import Supply
 from vkd_cache.stages.transfer import ahead_on_device
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainSummary:
-    """What one run came to.
+class Loop:
+    """The steps of a run, with what is kept between them.
 
     Attributes:
-        steps: optimizer steps done in all.
-        interrupted: a signal stopped it; the checkpoint continues.
-        top1, best_top1: accuracy at the end and at best, percent; None without a validation split.
-        seconds: wall-clock time of this process' part.
-        peak_memory_bytes: largest resident size of the process, plus the GPU's peak.
-        output: where checkpoints, logs and curves are.
+        standing: how far the run has come.
+        num_broken: broken images that were left out.
     """
-
-    steps: int
-    interrupted: bool
-    top1: float | None
-    best_top1: float | None
-    seconds: float
-    peak_memory_bytes: int
-    output: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return dataclasses.asdict(self)
-
-
-class Loop:
-    """The steps of a run, with what is kept between them."""
 
     def __init__(self, run: Run, supply: Supply) -> None:
         self._run = run
@@ -63,73 +46,91 @@ class Loop:
         self._learner = run.learner(supply)
         self._feed = run.feed(supply)
         self._output = Path(run.config.train.output)
-        self._steps_per_epoch = math.ceil(self._feed.order(0).num_steps / run.config.train.accumulate)
-        self._step = 0
-        self._epoch, self._batch = 0, 0  # the place of the next batch
-        self._window: dict[str, torch.Tensor | float] = {}  # sums of the loss terms since the last log line
-        self._window_steps = 0
-        self._top1: float | None = None
-        self._best: float | None = None
-        self._stop = False
-        if self._steps_per_epoch == 0:
+        self.standing = Standing()
+        self._window = LossWindow(run.split, run.device)
+        self._lr = 0.0
+        self._clock, self._samples = time.monotonic(), 0  # since the last log line
+        self._stop = StopSignals(run.split, run.device, run.config.train.log_every)
+
+    @property
+    def num_broken(self) -> int:
+        """See `Feed.num_broken`."""
+        return self._feed.num_broken
+
+    def resume(self, path: Path) -> None:
+        """Continue at the step after the one that `path` was written at.
+
+        Raises:
+            CheckpointError: it was made by another run: configuration, data, cache or number of processes differ.
+            IncompleteCacheError: views that it was trained with are gone.
+        """
+        state = read_checkpoint(path)
+        check_same_run(path, state, self._run.config, self._identity())
+        self._run.use_views(state["views"], path)
+        self._learner.load_state(state)
+        self.standing = Standing(**state["standing"])
+        self._window.load(state["window"])
+        console.say(f"train: continuing at step {self.standing.step + 1} from {path}")
+
+    def go(self) -> bool:
+        """Train to the end, or to a signal; True when a signal stopped it.
+
+        Raises:
+            ConfigError: the data does not fill one step, or the warm-up is as long as the run.
+            VkdCacheError: the loss is not finite; what the feed raises.
+        """
+        total = self._steps_per_epoch() * self._run.config.train.epochs
+        self._learning_rate(0, total)
+        if self._leads:
+            self._output.mkdir(parents=True, exist_ok=True)
+            remove_stale(self._output)
+            self._write_run_file()
+        with self._feed, self._stop, self._journal() as journal, console.track("train", total, "steps") as progress:
+            progress.advance(self.standing.step)
+            stopped = self._train(journal, progress, total)
+        if self._leads and not stopped:
+            name = self._run.config.student.name
+            draw_curves(
+                self._output / CURVES_NAME,
+                {name: read_log(self._output / LOG_NAME)},
+                f"{name} on {self._run.source.location}",
+            )
+        return stopped
+
+    def _train(self, journal: Journal | None, progress: console.Progress, total: int) -> bool:
+        train, standing = self._run.config.train, self.standing
+        if standing.eval_due:
+            self._evaluate_due(journal)
+        if self._stop.agreed(0):
+            return True
+        batches = self._feed.batches(
+            epoch=standing.epoch, step=standing.batch, workers=train.workers, pin_memory=self._on_gpu
+        )
+        for group in self._grouped(batches):
+            self._one_step(group, total)
+            progress.advance(1)
+            if standing.step % train.log_every == 0:
+                progress.detail(self._log(journal))
+            if standing.batch == 0:
+                self._end_epoch(journal)
+            elif train.checkpoint_every and standing.step % train.checkpoint_every == 0:
+                self._save(journal, LAST)
+            if self._stop.agreed(standing.step):
+                self._save(journal, LAST)
+                return True
+        return False
+
+    def _steps_per_epoch(self) -> int:
+        run = self._run
+        steps = math.ceil(self._feed.order(0).num_steps / run.config.train.accumulate)
+        if steps == 0:
             needed = run.config.train.batch_size * run.split.count
             raise ConfigError(
                 f"[train] batch_size: one step takes {needed} samples ({run.split.count} processes of "
                 f"{run.config.train.batch_size}), {run.source.location} has fewer usable ones. Use a smaller "
                 "--batch-size."
             )
-
-    def resume(self, path: Path) -> None:
-        """Continue at the step after the one that `path` was written at."""
-        state = read_checkpoint(path)
-        check_same_run(path, state, self._run.config)
-        self._learner.load_state(state)
-        self._step, self._epoch, self._batch = state["step"], state["epoch"], state["batch"]
-        self._window, self._window_steps = dict(state["window"]), state["window_steps"]
-        self._top1, self._best = state["top1"], state["best_top1"]
-        if list(self._run.views.views)[: len(state["views"])] != state["views"]:
-            raise IncompleteCacheError(
-                f"{path}: was made with views {state['views']}, of which the cache does not hold all any more."
-            )
-        self._run.views.views = state["views"]  # a cache may have grown since; this run goes on as it began
-        console.say(f"train: continuing at step {self._step + 1} from {path}")
-
-    def go(self) -> bool:
-        """Train to the end, or to a signal; True when a signal stopped it."""
-        train = self._run.config.train
-        if self._leads:
-            self._output.mkdir(parents=True, exist_ok=True)
-            self._write_run_file()
-        total = self._steps_per_epoch * train.epochs
-        with (
-            self._feed,
-            self._listening(),
-            self._journal() as journal,
-            console.track("train", total, "steps") as progress,
-        ):
-            progress.advance(self._step)
-            batches = self._feed.batches(
-                epoch=self._epoch, step=self._batch, workers=train.workers, pin_memory=self._on_gpu
-            )
-            for group in self._grouped(batches):
-                self._one_step(group, total)
-                progress.advance(1)
-                if self._step % train.log_every == 0:
-                    progress.detail(self._log(journal))
-                if self._batch == 0:
-                    self._end_epoch(journal)
-                elif train.checkpoint_every and self._step % train.checkpoint_every == 0:
-                    self._save(LAST)
-                if self._should_stop():
-                    self._save(LAST)
-                    return True
-        if self._leads:
-            draw_curves(
-                self._output / CURVES_NAME,
-                {self._run.config.student.name: read_log(self._output / LOG_NAME)},
-                f"{self._run.config.student.name} on {self._run.source.location}",
-            )
-        return False
+        return steps
 
     def _grouped(self, batches: Iterator[FedBatch]) -> Iterator[list[tuple[FedBatch, torch.Tensor]]]:
         """The batches of each optimizer step, with pixels on the device; the last step of an epoch may have fewer."""
@@ -141,92 +142,115 @@ class Loop:
                 group = []
 
     def _one_step(self, group: list[tuple[FedBatch, torch.Tensor]], total: int) -> None:
-        train = self._run.config.train
-        self._lr = cosine_lr(
-            self._step, total, train.lr, train.min_lr, round(train.warmup_epochs * self._steps_per_epoch)
-        )
-        seed = step_seed(train.seed, self._step, self._run.split.index)
-        terms = self._learner.step(group, self._supply, self._lr, seed)
-        for name, value in terms.items():
-            self._window[name] = self._window.get(name, 0.0) + value
-        self._window_steps += 1
-        self._step += 1
+        standing, split = self.standing, self._run.split
+        self._lr = self._learning_rate(standing.step, total)
+        seed = step_seed(self._run.config.train.seed, standing.step, split.index)
+        self._window.add(self._learner.step(group, self._supply, self._lr, seed))
+        self._samples += sum(len(batch) for batch, _ in group) * split.count
+        standing.step += 1
         last = group[-1][0]
-        self._epoch, self._batch = (last.epoch + 1, 0) if last.ends_epoch else (last.epoch, last.step + 1)
+        standing.epoch, standing.batch = (last.epoch + 1, 0) if last.ends_epoch else (last.epoch, last.step + 1)
+
+    def _learning_rate(self, step: int, total: int) -> float:
+        train = self._run.config.train
+        warmup = round(train.warmup_epochs * total / train.epochs)
+        return cosine_lr(step, total, train.lr, train.min_lr, warmup)
 
     def _log(self, journal: Journal | None) -> str:
         """Write a line; here, and only here, the host waits for the device."""
-        means = {name: float(value) / self._window_steps for name, value in self._window.items()}
-        self._window, self._window_steps = {}, 0
-        if not math.isfinite(means["total"]):
-            raise VkdCacheError(
-                f"step {self._step}: the loss is {means['total']} ({means}). The last checkpoint is intact; use a "
-                "smaller --lr, --amp bf16 or off, or [train] clip_grad."
-            )
+        standing = self.standing
+        means = self._window.take(standing.step)
+        now = time.monotonic()
+        rate = self._samples / max(now - self._clock, 1e-9)
+        self._clock, self._samples = now, 0
         if journal is not None:
-            ordered = {name: means[name] for name in TERMS if name in means}
-            journal.write("step", self._step, {"epoch": self._epoch, "lr": self._lr} | ordered)
-        accuracy = f" | top-1 {self._top1:.2f}" if self._top1 is not None else ""
-        shown = " ".join(f"{name} {means[name]:.4f}" for name in TERMS if name in means)
-        return f"epoch {self._epoch}/{self._run.config.train.epochs} {shown} lr {self._lr:.2e}{accuracy}"
+            values = {"epoch": standing.epoch, "lr": self._lr} | means | {"samples_per_s": round(rate, 1)}
+            journal.write("step", standing.step, values)
+        accuracy = f" | top-1 {standing.top1:.2f}" if standing.top1 is not None else ""
+        shown = " ".join(f"{name} {value:.4f}" for name, value in means.items())
+        return f"epoch {standing.epoch}/{self._run.config.train.epochs} {shown} lr {self._lr:.2e}{accuracy}"
 
     def _end_epoch(self, journal: Journal | None) -> None:
-        train = self._run.config.train
-        due = self._epoch == train.epochs or (train.eval_every and self._epoch % train.eval_every == 0)
-        improved = False
-        if due and self._run.val_source is not None:
-            improved = self._evaluate(journal)
-        self._save(LAST)
-        if improved:
-            self._save(BEST)
+        train, epoch = self._run.config.train, self.standing.epoch
+        due = epoch >= train.epochs or (train.eval_every > 0 and epoch % train.eval_every == 0)
+        self.standing.eval_due = due and self._run.val_source is not None
+        self._save(journal, LAST)
+        if self.standing.eval_due:
+            self._evaluate_due(journal)
 
-    def _evaluate(self, journal: Journal | None) -> bool:
-        """Accuracy of the student and of its average; True when the better one is the best so far."""
-        results = {"": self._accuracy(self._learner.student)}
-        if self._learner.ema is not None:
-            results["ema_"] = self._accuracy(self._learner.ema.module)
-        values: dict[str, Any] = {"epoch": self._epoch}
-        for prefix, result in results.items():
-            values |= {f"{prefix}top1": result.top1, f"{prefix}top5": result.top5}
-        if journal is not None:
-            journal.write("eval", self._step, values)
-        self._top1 = results[""].top1
-        shown = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in values.items() if name != "epoch")
-        console.say(f"epoch {self._epoch}: {shown}")
-        best = max(result.top1 for result in results.values())
-        improved = self._best is None or best > self._best
-        self._best = best if improved else self._best
-        return improved
-
-    def _accuracy(self, model: torch.nn.Module) -> EvalResult:
-        run = self._run
-        if run.val_source is None:
-            raise ConfigError("[source] val is empty")
-        return accuracy_of(model, run.val_source, run.config, run.device, run.split)
-
-    def _save(self, name: str) -> None:
-        if not self._leads:
+    def _evaluate_due(self, journal: Journal | None) -> None:
+        """Evaluate and save; after a signal, leave it due, for the run that continues."""
+        try:
+            values = self._accuracies()
+        except Stopped:
             return
+        standing = self.standing
+        if journal is not None:
+            journal.write("eval", standing.step, {"epoch": standing.epoch} | values)
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in values.items())
+        console.say(f"epoch {standing.epoch}: {shown}")
+        standing.top1, best = values["top1"], max(values["top1"], values.get("ema_top1", 0.0))
+        improved = standing.best_top1 is None or best > standing.best_top1
+        standing.best_top1 = best if improved else standing.best_top1
+        standing.eval_due = False
+        self._save(journal, *([BEST] if improved else []), LAST)
+        self._clock, self._samples = time.monotonic(), 0
+
+    def _accuracies(self) -> dict[str, float]:
+        """Top-1 and top-5 of the student and of its average, percent."""
+        run, learner = self._run, self._learner
+        learner.align_ranks()
+        models: dict[str, torch.nn.Module] = {"": learner.student}
+        if learner.ema is not None:
+            models["ema_"] = learner.ema.module
+        values: dict[str, float] = {}
+        for prefix, model in models.items():
+            if run.val_source is not None:
+                result = accuracy_of(
+                    model, run.val_source, run.config, run.device, run.split, between=self._stop.check
+                )
+                values |= {f"{prefix}top1": result.top1, f"{prefix}top5": result.top5}
+        return values
+
+    def _save(self, journal: Journal | None, *names: str) -> None:
+        """Write the state under `names`; all ranks call this, the first one writes."""
+        window = self._window.state(self.standing.step)
+        if journal is None:
+            return
+        if not self._learner.is_finite():
+            raise not_finite(self.standing.step, "the weights are not finite")
         state = self._learner.state() | {
-            "step": self._step,
-            "epoch": self._epoch,
-            "batch": self._batch,
-            "window": {term: float(value) for term, value in self._window.items()},
-            "window_steps": self._window_steps,
-            "top1": self._top1,
-            "best_top1": self._best,
+            "standing": self.standing.to_json(),
+            "window": window,
             "views": list(self._run.views.views),
             "config": json.loads(json.dumps(config_to_json(self._run.config))),
             "num_classes": self._run.num_classes,
             "teacher_width": self._supply.width,
-            "fingerprint": self._run.cache.fingerprint if self._run.cache is not None else None,
+            "identity": self._identity(),
         }
-        save_checkpoint(self._output / name, state)
+        journal.sync()
+        for name in names:
+            save_checkpoint(self._output / name, state)
+
+    def _identity(self) -> dict[str, Any]:
+        """What else decides a run's result, and cannot be seen in its configuration."""
+        run = self._run
+        return {
+            "source": run.source_hash,
+            "cache fingerprint": run.cache.fingerprint if run.cache is not None else None,
+            "processes": run.split.count,
+        }
 
     def _journal(self) -> Any:
         if not self._leads:
             return contextlib.nullcontext(None)
-        return Journal(self._output, upto_step=self._step, tensorboard=self._run.config.train.tensorboard)
+        standing = self.standing
+        return Journal(
+            self._output,
+            upto_step=standing.step,
+            evaluated=not standing.eval_due,
+            tensorboard=self._run.config.train.tensorboard,
+        )
 
     def _write_run_file(self) -> None:
         cache = self._run.cache
@@ -241,32 +265,6 @@ class Loop:
         }
         write_atomic(self._output / "run.json", json.dumps(document, indent=2).encode())
 
-    @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
-        """SIGTERM and SIGINT ask for a stop at the next step boundary; a second SIGINT stops at once."""
-
-        def ask(number: int, _: Any) -> None:
-            self._stop = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            console.say(f"train: {signal.Signals(number).name}: saving after this step")
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _should_stop(self) -> bool:
-        """Whether any rank was asked to stop; all ranks must leave at the same step."""
-        if self._run.split.count == 1:
-            return self._stop
-        if self._on_gpu and self._step % self._run.config.train.log_every:
-            return False  # asking makes the host wait for the GPU
-        asked = torch.tensor(int(self._stop), device=self._run.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked)
-
     @property
     def _leads(self) -> bool:
         return self._run.split.index == 0
@@ -274,18 +272,3 @@ class Loop:
     @property
     def _on_gpu(self) -> bool:
         return self._run.device.type == "cuda"
-
-    def summary(self, interrupted: bool, seconds: float) -> TrainSummary:
-        """What the run came to."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if self._on_gpu:
-            peak += torch.cuda.max_memory_allocated(self._run.device)
-        return TrainSummary(
-            steps=self._step,
-            interrupted=interrupted,
-            top1=self._top1,
-            best_top1=self._best,
-            seconds=seconds,
-            peak_memory_bytes=peak,
-            output=str(self._output),
-        )

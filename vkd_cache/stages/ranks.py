@@ -1,7 +1,7 @@
 """Several processes that train or evaluate one model together, as torchrun starts them."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -39,3 +39,9 @@ def gathered(values: Tensor, split: JobSplit) -> list[Tensor]:
     places = [torch.empty_like(values) for _ in range(split.count)]
     dist.all_gather(places, values)
     return places
+
+
+def broadcast_first(values: Iterable[Tensor]) -> None:
+    """Give every rank the first rank's `values`, in place."""
+    for value in values:
+        dist.broadcast(value, src=0)

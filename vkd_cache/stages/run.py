@@ -1,19 +1,25 @@
 """A training run before its first step: what it reads, opened and checked against each other."""
 
 import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from vkd_cache import console
-from vkd_cache.cache.reader import Cache, open_cache
-from vkd_cache.config import Config, parse_view_range
+from vkd_cache.cache.reader import Cache, find_cache, open_cache
+from vkd_cache.config import Config, ViewsConfig, parse_view_range
 from vkd_cache.errors import CacheMismatchError, ConfigError, IncompleteCacheError
+from vkd_cache.normalisation import Whitening
 from vkd_cache.runtime import JobSplit, resolve_device
 from vkd_cache.sources import Source, open_source, source_identity, validation_beside
 from vkd_cache.stages.feed import Feed, Schedule
 from vkd_cache.stages.learner import Learner
 from vkd_cache.stages.rendering import Renderer
-from vkd_cache.stages.supply import CachedTeacher, LiveTeacher, NoTeacher, Supply
+from vkd_cache.stages.supply import CachedTeacher, LiveTeacher, NoTeacher, Supply, whitening_of_cache
 from vkd_cache.stages.unit_views import CachedViews, PlannedViews, Views
 from vkd_cache.views.recipe import Recipe, make_recipe
 
@@ -43,24 +49,42 @@ class Run:
             raise ConfigError("[cache] url is empty: give --cache or set it in the pipeline file.")
         return self.cache
 
+    @property
+    def source_hash(self) -> str:
+        """Hash of the identity of the training source: independent of where it lies."""
+        document = json.dumps(source_identity(self.source).to_json(), sort_keys=True)
+        return hashlib.sha256(document.encode()).hexdigest()
+
     def supply(self, *, live: bool) -> Supply:
-        """Teacher outputs from a live teacher or from the cache, or none where no loss asks for them."""
+        """Teacher outputs from a live teacher or from the cache, or none where no loss asks for them.
+
+        Raises:
+            ConfigError: there is no teacher of that kind, or its logits are of other classes than the student's.
+        """
         loss = self.config.loss
         if loss.feature_weight == 0 and loss.logit_weight == 0:
             return NoTeacher()
+        supply: Supply
         if live:
-            return LiveTeacher(self.config, self.num_classes, self.recipe.size_px, self.device)
-        if self.cache is None:
+            supply = LiveTeacher(self.config, self.num_classes, self.recipe.size_px, self.device)
+        elif self.cache is not None:
+            supply = CachedTeacher(self.cache, loss, self.device)
+        else:
             raise ConfigError(
                 "[loss] feature_weight and logit_weight ask for a teacher: give --cache, or --live-teacher, or train "
                 "without distillation (--plain, or both weights 0)."
             )
-        return CachedTeacher(self.cache, loss, self.device)
+        if loss.logit_weight > 0 and supply.num_classes != self.num_classes:
+            raise ConfigError(
+                f"[loss] logit_weight: the teacher has {supply.num_classes} classes, {self.source.location} has "
+                f"{self.num_classes}, so their probabilities cannot be compared. Set [loss] logit_weight = 0."
+            )
+        return supply
 
     def feed(self, supply: Supply) -> Feed:
         """The batches of this rank."""
         train = self.config.train
-        renderer = Renderer(self.source, self.recipe, self._view_seed())
+        renderer = Renderer(self.source, self.recipe, self.config.views.seed)
         schedule = Schedule(
             epochs=train.epochs,
             batch_size=train.batch_size,
@@ -72,29 +96,58 @@ class Run:
         )
         return Feed(renderer, self.views, schedule, supply.nodes)
 
-    def _view_seed(self) -> int:
-        return self.cache.manifest.seed if self.cache is not None else self.config.views.seed
-
     def learner(self, supply: Supply) -> Learner:
-        """A student at its initial weights."""
+        """A student at its initial weights, with its losses and optimizer."""
         return Learner(
             self.config,
             num_classes=self.num_classes,
             teacher_width=supply.width,
             device=self.device,
             world=self.split.count,
+            whitening=self._whitening(),
         )
+
+    def _whitening(self) -> Whitening | None:
+        """Statistics for the normalisation `whiten`, where it is used: from the first units of the cache.
+
+        Raises:
+            ConfigError: there is no cache to take them from.
+        """
+        loss = self.config.loss
+        if loss.normalisation != "whiten" or loss.feature_weight == 0:
+            return None
+        if self.cache is None:
+            raise ConfigError(
+                "[loss] normalisation: whiten takes the teacher's statistics from the first units of a cache, and this "
+                "run has none. Give --cache, or use layer_norm."
+            )
+        return whitening_of_cache(self.cache, self.views.views[0]).to(self.device)
+
+    def use_views(self, views: list[int], where: Path) -> None:
+        """Go on with the views that the run in checkpoint `where` began with; a cache may have grown since.
+
+        Raises:
+            IncompleteCacheError: they are not all there any more.
+        """
+        missing = sorted(set(views) - set(self.views.views))
+        if missing:
+            raise IncompleteCacheError(
+                f"{where}: was made with views {_listed(views)}; of these {_listed(missing)} are not complete in "
+                f"{self.config.cache.url or 'this run'} any more. Finish them with vkd-cache extract."
+            )
+        self.views.views = views
 
 
 def prepare_run(config: Config, split: JobSplit) -> Run:
-    """Open what a run reads, and check that source and cache belong together.
+    """Open what a run reads, and check that its parts belong together.
 
     Raises:
+        ConfigError: validation labels that the student has no class for.
         CacheMismatchError: the cache was made from another data set.
         IncompleteCacheError: not one view of the cache is complete.
     """
     device = torch.device(resolve_device(config.train.device, split.local_index))
-    cache = open_cache(config.cache.url) if config.cache.url and not _plans_alone(config) else None
+    cache = _open_cache(config)
     source = open_source(config.source.train, split="train", shard_size=shard_size_of(config, cache))
     if cache is None:
         recipe = make_recipe(config.views)
@@ -103,9 +156,14 @@ def prepare_run(config: Config, split: JobSplit) -> Run:
     else:
         check_same_source(cache, source)
         recipe = Recipe.from_json(cache.manifest.recipe)
-        config = dataclasses.replace(config, views=dataclasses.replace(config.views, size_px=recipe.size_px))
-        views = CachedViews(cache, source, recipe, complete_views(cache, len(source.shards)))
+        config = dataclasses.replace(config, views=_views_of(cache, recipe))
+        views = CachedViews(cache, source, complete_views(cache, len(source.shards), warn=split.index == 0))
     val_source = _open_val(config)
+    if val_source is not None and val_source.num_classes > source.num_classes:
+        raise ConfigError(
+            f"{val_source.location}: has {val_source.num_classes} classes, {source.location} has "
+            f"{source.num_classes}, and the student has as many as that. Give the validation split of the same data."
+        )
     return Run(
         config=config,
         split=split,
@@ -119,15 +177,36 @@ def prepare_run(config: Config, split: JobSplit) -> Run:
     )
 
 
+def _open_cache(config: Config) -> Cache | None:
+    """The cache that a run reads; it must be there unless the teacher is live or there is nothing to distil."""
+    loss, url = config.loss, config.cache.url
+    if not url or loss.feature_weight == loss.logit_weight == 0:
+        return None
+    if config.train.live_teacher:
+        cache = find_cache(url)
+        if cache is None:
+            console.say(f"train: no cache at {url}, so views are planned as an extraction would")
+        return cache
+    return open_cache(url)
+
+
+def _views_of(cache: Cache, recipe: Recipe) -> ViewsConfig:
+    """The cache decides how views are planned, whatever the configuration says; run files hold what was used."""
+    return ViewsConfig(
+        recipe=recipe.name,
+        size_px=recipe.size_px,
+        seed=cache.manifest.seed,
+        mix_probability=recipe.mix_probability,
+        mixup_alpha=recipe.mixup_alpha,
+        cutmix_alpha=recipe.cutmix_alpha,
+        cutmix_switch=recipe.cutmix_switch,
+    )
+
+
 def shard_size_of(config: Config, cache: Cache | None) -> int:
     """The shard size to cut a folder source with: the one that the cache was extracted with, where there is one."""
     counts = cache.manifest.dataset["shard_counts"] if cache is not None else []
     return max(counts, default=config.source.shard_size)
-
-
-def _plans_alone(config: Config) -> bool:
-    """Training without distillation needs no cache, and a pipeline's may not exist yet."""
-    return config.loss.feature_weight == 0 and config.loss.logit_weight == 0
 
 
 def _open_val(config: Config) -> Source | None:
@@ -148,8 +227,9 @@ def check_same_source(cache: Cache, source: Source) -> None:
         if stored == value:
             continue
         if isinstance(value, list):
-            differing = [i for i, pair in enumerate(zip(value, stored or [], strict=False)) if pair[0] != pair[1]]
-            found = f"{len(differing)} of {len(value)} shards differ, first shard {differing[0] if differing else '?'}"
+            pairs = list(itertools.zip_longest(value, stored or []))
+            differing = [shard for shard, (here, there) in enumerate(pairs) if here != there]
+            found = f"{len(differing)} of {len(pairs)} shards differ, the first is shard {differing[0]}"
         else:
             found = f"{value!r} here, {stored!r} there"
         raise CacheMismatchError(
@@ -158,7 +238,7 @@ def check_same_source(cache: Cache, source: Source) -> None:
         )
 
 
-def complete_views(cache: Cache, num_shards: int) -> list[int]:
+def complete_views(cache: Cache, num_shards: int, *, warn: bool = True) -> list[int]:
     """The views whose units are all published, in order; others are named in a warning.
 
     Raises:
@@ -172,6 +252,10 @@ def complete_views(cache: Cache, num_shards: int) -> list[int]:
         raise IncompleteCacheError(
             f"{cache.url}: no view is complete ({shown or 'nothing is published'}). Finish it with vkd-cache extract."
         )
-    if partial:
+    if partial and warn:
         console.warn(f"{cache.url}: views that are not complete are not used: {shown}")
     return complete
+
+
+def _listed(views: Sequence[int]) -> str:
+    return ", ".join(map(str, views[:8])) + (", ..." if len(views) > 8 else "")

@@ -6,6 +6,7 @@ ever builds a teacher; the module that does is imported when a live supply is ma
 Shape legend: b samples, C teacher width, K classes.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 from vkd_cache.cache.reader import Cache
 from vkd_cache.config import Config, LossConfig
 from vkd_cache.errors import CacheMismatchError, ConfigError
+from vkd_cache.normalisation import Whitening, whitening_statistics
 from vkd_cache.stages.feed import FedBatch
 
 
@@ -26,10 +28,17 @@ class TeacherOutput(NamedTuple):
 
 
 class Supply(Protocol):
-    """Where teacher outputs come from. `nodes` is what a feed has to join; `width` is C."""
+    """Where teacher outputs come from.
+
+    Attributes:
+        nodes: stored nodes that a feed has to join.
+        width: C, None where features are not used.
+        num_classes: K, None where logits are not used.
+    """
 
     nodes: tuple[str, ...]
     width: int | None
+    num_classes: int | None
 
     def __call__(self, batch: FedBatch, images: Tensor) -> TeacherOutput:
         """The teacher's outputs for `images` (b, 3, H, W) in [0, 1], mixed, on the device."""
@@ -41,6 +50,7 @@ class NoTeacher:
 
     nodes: tuple[str, ...] = ()
     width: int | None = None
+    num_classes: int | None = None
 
     def __call__(self, batch: FedBatch, images: Tensor) -> TeacherOutput:
         """Nothing."""
@@ -48,36 +58,36 @@ class NoTeacher:
 
 
 class CachedTeacher:
-    """Stored features; logits from the stored head, or stored themselves."""
+    """Stored features; logits as they are stored, or from the stored head."""
 
     def __init__(self, cache: Cache, loss: LossConfig, device: torch.device) -> None:
         specs = {node.name: node for node in cache.manifest.nodes}
         self._device = device
-        self._head = cache.head()
-        self._stored_logits = loss.logit_weight > 0 and "logits" in specs
-        wanted = []
-        if loss.feature_weight > 0 or (loss.logit_weight > 0 and not self._stored_logits):
-            wanted.append("pooled")
-        if self._stored_logits:
+        self._features_used = loss.feature_weight > 0
+        logits_used, logits_stored = loss.logit_weight > 0, "logits" in specs
+        head = cache.head() if logits_used and not logits_stored else None
+        wanted = ["pooled"] if self._features_used or head is not None else []
+        if logits_used and head is None:
             wanted.append("logits")
         missing = [name for name in wanted if name not in specs]
-        if missing or (loss.logit_weight > 0 and not self._stored_logits and self._head is None):
+        if missing:
             raise CacheMismatchError(
-                f"{cache.url}: holds the nodes {', '.join(specs)}{'' if self._head else ' and no teacher head'}; the "
-                f"losses that are on need {' and '.join(missing or ['logits'])}. Extract with [cache] nodes = "
+                f"{cache.url}: holds the nodes {', '.join(specs)}{'' if cache.manifest.head else ' and no head'}; the "
+                f"losses that are on need {' and '.join(missing)}. Extract a cache with [cache] nodes = "
                 '["pooled", "logits"], or set [loss] feature_weight or logit_weight to 0.'
             )
-        if self._head is not None:
-            self._head = (self._head[0].to(device), self._head[1].to(device))
+        self._head = (head[0].to(device), head[1].to(device)) if head is not None else None
         self.nodes = tuple(wanted)
-        self._features_used = loss.feature_weight > 0
         self.width = specs["pooled"].shape[0] if self._features_used else None
+        self.num_classes = None
+        if logits_used:
+            self.num_classes = len(head[1]) if head is not None else specs["logits"].shape[0]
 
     def __call__(self, batch: FedBatch, images: Tensor) -> TeacherOutput:
         """What the cache holds for the batch's views."""
         values = {name: tensor.to(self._device, non_blocking=True).float() for name, tensor in batch.nodes.items()}
         features, logits = values.get("pooled"), values.get("logits")
-        if logits is None and features is not None and self._head is not None:
+        if features is not None and self._head is not None:
             logits = functional.linear(features, *self._head)
         return TeacherOutput(features if self._features_used else None, logits)
 
@@ -93,19 +103,48 @@ class LiveTeacher:
         from vkd_cache.stages.teaching import start_teacher
         from vkd_cache.teachers import load_teacher
 
-        teacher = load_teacher(
-            config.teacher, nodes=("pooled", "logits"), num_classes=num_classes, view_px=view_px
-        )
+        self._logits_used = config.loss.logit_weight > 0
+        nodes = ("pooled", "logits") if self._logits_used else ("pooled",)
+        teacher = load_teacher(config.teacher, nodes=nodes, num_classes=num_classes, view_px=view_px)
         self._run = start_teacher(teacher, config.extract, device)
         self._batch_size = config.extract.batch_size
         self._features_used = config.loss.feature_weight > 0
         self.identity = teacher.identity
         self.width: int | None = teacher.identity["width"] if self._features_used else None
+        self.num_classes: int | None = teacher.identity["num_classes"]
 
     def __call__(self, batch: FedBatch, images: Tensor) -> TeacherOutput:
         """Run the teacher in batches of the size that extraction uses, so that its kernels are the same."""
         parts = [self._run(part) for part in torch.split(images, self._batch_size)]
-        # clone: tensors made in inference mode cannot take part in autograd
-        features = torch.cat([part["pooled"] for part in parts]).float().clone()
-        logits = torch.cat([part["logits"] for part in parts]).float().clone()
-        return TeacherOutput(features if self._features_used else None, logits)
+        return TeacherOutput(
+            _joined(parts, "pooled") if self._features_used else None,
+            _joined(parts, "logits") if self._logits_used else None,
+        )
+
+
+def _joined(parts: Sequence[dict[str, Tensor]], node: str) -> Tensor:
+    # clone: tensors made in inference mode cannot take part in autograd
+    return torch.cat([part[node] for part in parts]).float().clone()
+
+
+WHITENING_SAMPLES_PER_CHANNEL = 4  # a covariance of C channels from fewer samples than C has empty directions
+
+
+def whitening_of_cache(cache: Cache, view: int) -> Whitening:
+    """Statistics of the teacher's pooled features, from the first units of a view: enough, not all.
+
+    Raises:
+        CacheMismatchError: the cache does not hold pooled features.
+    """
+    spec = next((node for node in cache.manifest.nodes if node.name == "pooled"), None)
+    if spec is None:
+        raise CacheMismatchError(
+            f"{cache.url}: [loss] normalisation = whiten needs the node pooled, found "
+            f"{', '.join(node.name for node in cache.manifest.nodes)}. Extract a cache with pooled features."
+        )
+    parts: list[Tensor] = []
+    for shard in sorted(cache.published_shards(view)):
+        parts.append(cache.read(shard, view).node("pooled").float())
+        if sum(map(len, parts)) >= WHITENING_SAMPLES_PER_CHANNEL * spec.shape[0]:
+            break
+    return whitening_statistics(torch.cat(parts))

@@ -6,22 +6,51 @@ What a run is made of lies in `run` (what it reads), `feed` (data), `supply` (te
 one step), `loop` (the steps), `checkpoints` and `journal`.
 """
 
-import contextlib
+import dataclasses
 import math
+import resource
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from vkd_cache import console
 from vkd_cache.config import Config
 from vkd_cache.errors import ConfigError
 from vkd_cache.runtime import JobSplit
 from vkd_cache.stages.checkpoints import find_checkpoint
-from vkd_cache.stages.loop import Loop, TrainSummary
+from vkd_cache.stages.loop import Loop
+from vkd_cache.stages.ranks import process_group
 from vkd_cache.stages.run import Run, prepare_run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSummary:
+    """What one run came to.
+
+    Attributes:
+        steps: optimizer steps done in all.
+        interrupted: a signal stopped it; the checkpoint continues.
+        top1, best_top1: accuracy at the end and at best, percent; None without a validation split.
+        broken: broken images that were left out.
+        seconds: wall-clock time of this process' part.
+        peak_memory_bytes: largest resident size of the process, plus the GPU's peak.
+        output: where checkpoints, logs and curves are.
+    """
+
+    steps: int = 0
+    interrupted: bool = False
+    top1: float | None = None
+    best_top1: float | None = None
+    broken: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    output: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return dataclasses.asdict(self)
 
 
 def train(config: Config, split: JobSplit, *, dry_run: bool = False) -> TrainSummary:
@@ -37,13 +66,21 @@ def train(config: Config, split: JobSplit, *, dry_run: bool = False) -> TrainSum
     checkpoint = find_checkpoint(config)
     if dry_run:
         return _dry_run(run, checkpoint)
-    with process_group(run):
-        supply = run.supply(live=config.train.live_teacher)
-        loop = Loop(run, supply)
+    with process_group(split, run.device):
+        loop = Loop(run, run.supply(live=config.train.live_teacher))
         if checkpoint is not None:
             loop.resume(checkpoint)
         interrupted = loop.go()
-    summary = loop.summary(interrupted, time.monotonic() - started)
+    summary = TrainSummary(
+        steps=loop.standing.step,
+        interrupted=interrupted,
+        top1=loop.standing.top1,
+        best_top1=loop.standing.best_top1,
+        broken=loop.num_broken,
+        seconds=time.monotonic() - started,
+        peak_memory_bytes=_peak_memory_bytes(run.device),
+        output=config.train.output,
+    )
     _say_summary(summary)
     return summary
 
@@ -69,21 +106,9 @@ def _check_config(config: Config) -> None:
         raise ConfigError("\n".join(problems))
 
 
-@contextlib.contextmanager
-def process_group(run: Run) -> Iterator[None]:
-    """Join the other ranks, where there are any; ranks above 0 say nothing."""
-    if run.split.count == 1:
-        yield
-        return
-    on_gpu = run.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(run.device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", rank=run.split.index, world_size=run.split.count)
-    console.set_quiet(run.split.index > 0)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def _peak_memory_bytes(device: torch.device) -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
 
 
 def _dry_run(run: Run, checkpoint: Path | None) -> TrainSummary:
@@ -105,15 +130,15 @@ def _dry_run(run: Run, checkpoint: Path | None) -> TrainSummary:
             ["output", config.train.output],
         ],
     )
-    return TrainSummary(
-        steps=0, interrupted=False, top1=None, best_top1=None, seconds=0.0, peak_memory_bytes=0, output=""
-    )
+    return TrainSummary()
 
 
 def _say_summary(summary: TrainSummary) -> None:
     if summary.interrupted:
         console.say(f"train: stopped and saved at step {summary.steps}; the same command with --resume auto continues")
         return
+    if summary.broken:
+        console.warn(f"{summary.broken} broken images were left out")
     accuracy = "" if summary.top1 is None else f"top-1 {summary.top1:.2f} (best {summary.best_top1:.2f}), "
     console.say(
         f"train: {summary.steps} steps, {accuracy}{summary.seconds:.1f} s, "

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -10,9 +11,11 @@ import numpy.typing as npt
 from vkd_cache.cache.reader import Cache, Unit
 from vkd_cache.errors import CorruptCacheError
 from vkd_cache.sources import Source
-from vkd_cache.views.mixing import drop_partners, pair_slots, plan_mixing
+from vkd_cache.views.mixing import pair_slots, plan_mixing
 from vkd_cache.views.params import MixPlan
 from vkd_cache.views.recipe import Recipe
+
+RECORD_READERS = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +34,15 @@ class ShardView:
 
 
 class Views(Protocol):
-    """Where views come from: a cache, or the plan alone."""
+    """Where views come from: a cache, or the plan alone.
+
+    Attributes:
+        views: the views that epochs take turns with.
+        num_broken: broken images that are known to be left out of every view.
+    """
 
     views: Sequence[int]
+    num_broken: int
 
     def slot_counts(self, view: int) -> Sequence[int]:
         """Slots per shard."""
@@ -52,6 +61,7 @@ class PlannedViews:
         self._recipe = recipe
         self._seed = seed
         self.views = views
+        self.num_broken = 0
 
     def slot_counts(self, view: int) -> Sequence[int]:
         """Two samples a slot, an odd one alone."""
@@ -66,12 +76,12 @@ class PlannedViews:
 class CachedViews:
     """Views replayed from the published units of a cache, without the samples that were broken."""
 
-    def __init__(self, cache: Cache, source: Source, recipe: Recipe, views: Sequence[int]) -> None:
+    def __init__(self, cache: Cache, source: Source, views: Sequence[int]) -> None:
         self._cache = cache
         self._source = source
-        self._recipe = recipe
-        self._seed = cache.manifest.seed
+        self._slot_counts: dict[int, list[int]] = {}
         self.views = views
+        self.num_broken = 0
 
     @property
     def versions(self) -> dict[str, str]:
@@ -79,13 +89,14 @@ class CachedViews:
         return self._cache.manifest.versions
 
     def slot_counts(self, view: int) -> Sequence[int]:
-        """As the records say: only shards with broken images need their matching worked out."""
-        counts = []
-        for shard, content in enumerate(self._source.shards):
-            broken = [row for _, row, _ in self._cache.record(shard, view).broken]
-            total = len(content.keys)
-            counts.append(len(self._slots(shard, view, broken)) if broken else (total + 1) // 2)
-        return counts
+        """Two samples a slot, as the view's records say; they are read once."""
+        if view not in self._slot_counts:
+            shards = range(len(self._source.shards))
+            with ThreadPoolExecutor(RECORD_READERS) as pool:  # on an object store each read is a round trip
+                records = list(pool.map(lambda shard: self._cache.record(shard, view), shards))
+            self._slot_counts[view] = [(record.num_samples + 1) // 2 for record in records]
+            self.num_broken = max(self.num_broken, sum(len(record.broken) for record in records))
+        return self._slot_counts[view]
 
     def open(self, shard: int, view: int) -> ShardView:
         """Read one unit and check that it belongs to the source's shard."""
@@ -97,25 +108,22 @@ class CachedViews:
                 f"{self._source.location}. Run vkd-cache verify on the cache."
             )
         mix = _stored_mix(unit, len(keys))
-        broken = np.setdiff1d(np.arange(len(keys)), unit.rows)
-        return ShardView(slots=self._slots(shard, view, broken.tolist()), mix=mix, unit=unit)
-
-    def _slots(self, shard: int, view: int, broken: Sequence[int]) -> npt.NDArray[np.int64]:
-        plan = plan_mixing(self._recipe, self._seed, self._source.shards[shard].keys, view)
-        return slots_without(plan, broken)
+        return ShardView(slots=slots_of_rows(mix, unit.rows), mix=mix, unit=unit)
 
 
-def slots_without(plan: MixPlan, broken: Sequence[int]) -> npt.NDArray[np.int64]:
-    """The slots of a unit whose `broken` rows are left out; their partners become lone rows."""
-    slots = pair_slots(drop_partners(plan, np.asarray(broken, np.int64)) if len(broken) else plan)
-    if not len(broken):
+def slots_of_rows(mix: MixPlan, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """The (m, 2) slots of `rows` of a shard: mixed pairs first, then the others two by two, -1 for none.
+
+    Args:
+        mix: over all rows of the shard; none of `rows` has a partner outside of them.
+        rows: ascending.
+    """
+    slots = pair_slots(mix)
+    if len(rows) == len(mix.partner):
         return slots
-    rows = slots.reshape(-1)
-    kept = rows[(rows >= 0) & ~np.isin(rows, broken)]
-    # mixed pairs stay side by side: rows that lost their neighbour come after all the others
-    partner = plan.partner[kept]
-    paired = (partner != kept) & ~np.isin(partner, broken)
-    kept = np.concatenate([kept[paired], kept[~paired]])
+    kept = slots.reshape(-1)[np.isin(slots.reshape(-1), rows)]
+    lone = mix.partner[kept] == kept
+    kept = np.concatenate([kept[~lone], kept[lone]])
     padded = np.append(kept, -1) if len(kept) % 2 else kept
     return padded.reshape(-1, 2)
 
