@@ -1,26 +1,28 @@
-"""The loop of an extraction: units through the teacher, a writer thread behind it, and the bookkeeping of both."""
+"""The loop of an extraction: units through the teacher, a writer thread behind it, and the bookkeeping of both.
+
+A newcomer's trap: what is wrong with a unit (a file that vanished, features that are not finite) fails that unit, and
+the job goes on; what is wrong with the cache (a full disk) stops the job at once.
+"""
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from vkd_cache import console
-from vkd_cache.cache.schema import UnitRecord
 from vkd_cache.cache.units import UnitId
 from vkd_cache.cache.writer import CacheWriter
 from vkd_cache.config import Config
-from vkd_cache.errors import SourceError, TeacherError
+from vkd_cache.errors import CacheError, SourceError, TeacherError
 from vkd_cache.sources import Source
-from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, render_loader
-from vkd_cache.stages.teaching import TeacherRun
-from vkd_cache.stages.transfer import ahead_on_device, mixed_images
-from vkd_cache.stages.units import UnitAssembly, unit_tasks
+from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask
+from vkd_cache.stages.teaching import TeacherRun, taught_batches
+from vkd_cache.stages.transfer import mixed_images
+from vkd_cache.stages.units import UnitAssembly, check_storable, unit_tasks
 from vkd_cache.views.recipe import Recipe
 
 MAX_UNITS_WAITING = 2  # finished units that may wait for the writer before the teacher does
@@ -36,17 +38,17 @@ class ExtractSummary:
         units_failed: one message per unit that could not be made.
         samples: views rendered and stored by this run.
         broken: (key, reason) of broken images, once per key.
-        bytes: bytes of the units and records written.
+        bytes: bytes of the units written.
         seconds: wall-clock time.
     """
 
-    units_published: int
-    units_skipped: int
-    units_failed: tuple[str, ...]
-    samples: int
-    broken: tuple[tuple[str, str], ...]
-    bytes: int
-    seconds: float
+    units_published: int = 0
+    units_skipped: int = 0
+    units_failed: tuple[str, ...] = ()
+    samples: int = 0
+    broken: tuple[tuple[str, str], ...] = ()
+    bytes: int = 0
+    seconds: float = 0.0
 
     @property
     def exit_code(self) -> int:
@@ -58,12 +60,38 @@ class ExtractSummary:
         return dataclasses.asdict(self)
 
 
-def taught_batches(
-    renderer: Renderer, tasks: Iterable[RenderTask], workers: int, run: TeacherRun
-) -> Iterator[tuple[RenderedBatch, torch.Tensor]]:
-    """Rendered batches with their pixels on the teacher's device."""
-    loader = render_loader(renderer, tasks, workers=workers, pin_memory=run.device.type == "cuda")
-    return ahead_on_device(loader, run.device)
+class WriterThread:
+    """Publishes finished units behind the teacher's back, in order; a context manager.
+
+    Left by an error or Ctrl-C, it finishes the unit it is writing and drops those that wait.
+    """
+
+    def __init__(self, publish: Callable[[UnitAssembly], None]) -> None:
+        self._publish = publish
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
+        self._waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def put(self, unit: UnitAssembly) -> None:
+        """Hand over a unit; waits while too many are waiting already."""
+        self._waiting.append(self._thread.submit(self._publish, unit))
+        while len(self._waiting) > MAX_UNITS_WAITING:
+            self._waiting.popleft().result()
+
+    def check(self) -> None:
+        """Raise what stopped the writer, if anything did."""
+        while self._waiting and self._waiting[0].done():
+            self._waiting.popleft().result()
+
+    def finish(self) -> None:
+        """Wait for all units."""
+        while self._waiting:
+            self._waiting.popleft().result()
 
 
 class ExtractJob:
@@ -77,29 +105,55 @@ class ExtractJob:
         self._renderer = Renderer(source, recipe, config.views.seed)
         self._run = run
         self._writer = writer
-        self._records: list[UnitRecord] = []
         self._failed: dict[UnitId, str] = {}
         self._broken: dict[str, str] = {}
         self._seconds = {"data": 0.0, "teacher": 0.0, "write": 0.0}
+        self._units_published = self._samples = self._bytes = 0  # changed by the writer thread alone
+        self._queued: torch.cuda.Event | None = None
 
     def do(self, units: list[UnitId]) -> None:
-        """Make and publish `units`."""
-        total = sum(len(self._source.shards[shard].keys) for shard, _ in units)
+        """Make and publish `units`.
+
+        Raises:
+            SourceError: a broken image when strict, or a worker process that died.
+            CacheError: the cache cannot be written.
+        """
         if not units:
             return
-        with (
-            console.track("extract", total) as progress,
-            ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as thread,
-        ):
-            waiting: list[Future[None]] = []
-            for assembly in self._taught(units, progress):
-                waiting.append(thread.submit(self._publish, assembly))
-                while len(waiting) > MAX_UNITS_WAITING or (waiting and waiting[0].done()):
-                    waiting.pop(0).result()
+        total = sum(len(self._source.shards[unit.shard].keys) for unit in units)
+        with console.track("extract", total) as progress, WriterThread(self._publish) as writer:
+            assembly: UnitAssembly | None = None
+            for batch, pixels in self._timed_batches(units):
+                unit, is_last = batch.tag
+                assembly = assembly or UnitAssembly(self._source, unit, self._writer.manifest.nodes)
+                started = time.monotonic()
+                if self._usable(batch):
+                    assembly.add(batch, self._run(mixed_images(pixels, batch.mix)))
+                    self._keep_one_batch_queued()
+                self._seconds["teacher"] += time.monotonic() - started
+                writer.check()
+                if is_last:
+                    if unit not in self._failed:
+                        writer.put(assembly)
+                    assembly = None
+                progress.advance(len(batch.row))
                 progress.detail(self._where_time_goes())
-            for future in waiting:
-                future.result()
+            writer.finish()
             progress.detail(self._where_time_goes())
+
+    def _keep_one_batch_queued(self) -> None:
+        """Wait for the batch before this one: the GPU has one to go on with, and memory for no more is needed."""
+        if self._run.device.type == "cuda":
+            if self._queued is not None:
+                self._queued.synchronize()
+            self._queued = torch.cuda.current_stream(self._run.device).record_event()
+
+    def _timed_batches(self, units: list[UnitId]) -> Iterator[tuple[RenderedBatch, torch.Tensor]]:
+        started = time.monotonic()
+        for item in taught_batches(self._renderer, self._tasks(units), self._config.extract.workers, self._run):
+            self._seconds["data"] += time.monotonic() - started
+            yield item
+            started = time.monotonic()
 
     def _tasks(self, units: list[UnitId]) -> Iterator[RenderTask]:
         for unit in units:
@@ -107,36 +161,13 @@ class ExtractJob:
                 self._source, self._renderer.recipe, self._config.views.seed, unit, self._run.batch_size
             )
 
-    def _taught(self, units: list[UnitId], progress: console.Progress) -> Iterator[UnitAssembly]:
-        """Assemblies of the units that came through the teacher whole."""
-        assembly: UnitAssembly | None = None
-        busy: torch.cuda.Event | None = None  # the batch before: one is always queued on the GPU while we wait
-        mark = time.monotonic()
-        workers = self._config.extract.workers
-        for batch, pixels in taught_batches(self._renderer, self._tasks(units), workers, self._run):
-            mark = self._spent("data", mark)
-            unit, last = batch.tag
-            if assembly is None:
-                assembly = UnitAssembly(self._source, unit)
-            if self._usable(batch):
-                assembly.add(batch, self._run(mixed_images(pixels, batch.mix)))
-                if busy is not None:
-                    busy.synchronize()
-                busy = torch.cuda.current_stream().record_event() if self._run.device.type == "cuda" else None
-            progress.advance(len(batch.row))
-            mark = self._spent("teacher", mark)
-            if last:
-                if unit not in self._failed:
-                    yield assembly
-                assembly = None
-                mark = time.monotonic()
-
     def _usable(self, batch: RenderedBatch) -> bool:
+        """Whether the teacher should see a batch: not if its unit has failed."""
         unit, _ = batch.tag
         if batch.error is not None:
-            self._failed.setdefault(unit, f"shard {unit[0]}, view {unit[1]}: {batch.error}")
+            self._fail(unit, batch.error)
         for position, reason in batch.broken:
-            key = self._source.shards[unit[0]].keys[int(batch.row[position])]
+            key = self._source.shards[unit.shard].keys[int(batch.row[position])]
             if self._config.extract.strict:
                 raise SourceError(
                     f"{self._source.location}: image of key '{key}' is broken: {reason}. Repair or remove it, or run "
@@ -145,52 +176,48 @@ class ExtractJob:
             self._broken[key] = reason
         return unit not in self._failed
 
+    def _fail(self, unit: UnitId, error: Exception) -> None:
+        self._failed.setdefault(unit, f"shard {unit.shard}, view {unit.view}: {error}")
+
     def _publish(self, assembly: UnitAssembly) -> None:
         """In the writer thread."""
         started = time.monotonic()
+        unit = assembly.unit
         columns, nodes, broken = assembly.finish()
-        shard, view = assembly.unit
         try:
-            _check_finite(nodes, self._source, shard, view, columns["row"])
-            self._records.append(self._writer.publish(shard, view, columns, nodes, broken))
+            keys = self._source.shards[unit.shard].keys
+            check_storable(self._writer.manifest.nodes, nodes, [keys[row] for row in columns["row"].tolist()])
+            record = self._writer.publish(unit.shard, unit.view, columns, nodes, broken)
         except TeacherError as error:
-            self._failed[assembly.unit] = f"shard {shard}, view {view}: {error}"
+            self._fail(unit, error)
+        except OSError as error:
+            raise CacheError(
+                f"{self._writer.cache.url}: shard {unit.shard} of view {unit.view} cannot be written "
+                f"({error.strerror or error}). Nothing half-written is left: mend that, and run the same command again."
+            ) from error
+        else:
+            self._units_published += 1
+            self._samples += record.num_samples
+            self._bytes += record.num_bytes
         self._seconds["write"] += time.monotonic() - started
 
-    def _spent(self, what: str, since: float) -> float:
-        now = time.monotonic()
-        self._seconds[what] += now - since
-        return now
-
     def _where_time_goes(self) -> str:
-        waited = max(self._seconds["data"] + self._seconds["teacher"], 1e-9)
-        shares = ", ".join(f"{what} {100 * spent / waited:.0f}%" for what, spent in self._seconds.items())
-        return f"{shares} | {self._bytes() / 1e6:.1f} MB"
-
-    def _bytes(self) -> int:
-        return sum(record.num_bytes for record in self._records)
+        """Shares of the main loop's time; the writer works beside it, and waits for nobody until it reaches 100 %."""
+        total = max(self._seconds["data"] + self._seconds["teacher"], 1e-9)
+        shares = ", ".join(f"{what} {100 * spent / total:.0f}%" for what, spent in self._seconds.items())
+        return f"{shares} | {self._bytes / 1e6:.1f} MB"
 
     def summary(self) -> ExtractSummary:
-        """The finished part of the job's summary."""
+        """What was done so far; skipped units and seconds are the caller's to know."""
         return ExtractSummary(
-            units_published=len(self._records),
-            units_skipped=0,
-            units_failed=tuple(self._failed.values()),
-            samples=sum(record.num_samples for record in self._records),
+            units_published=self._units_published,
+            units_failed=tuple(message for _, message in sorted(self._failed.items(), key=_by_view)),
+            samples=self._samples,
             broken=tuple(sorted(self._broken.items())),
-            bytes=self._bytes(),
-            seconds=0.0,
+            bytes=self._bytes,
         )
 
 
-def _check_finite(
-    nodes: dict[str, torch.Tensor], source: Source, shard: int, view: int, rows: npt.NDArray[np.generic]
-) -> None:
-    for name, values in nodes.items():
-        bad = (~torch.isfinite(values.flatten(1)).all(1)).nonzero().flatten() if len(values) else values
-        if len(bad):
-            key = source.shards[shard].keys[int(rows[int(bad[0])])]
-            raise TeacherError(
-                f"node '{name}' is not finite for {len(bad)} samples, first key '{key}' in view {view}. Under float16 "
-                "autocast values overflow at 65504: use [extract] autocast = 'bfloat16' or 'off'."
-            )
+def _by_view(failed: tuple[UnitId, str]) -> tuple[int, int]:
+    unit, _ = failed
+    return unit.view, unit.shard

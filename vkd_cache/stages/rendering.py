@@ -202,12 +202,14 @@ def render_loader(
     )
     try:
         yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # a batch whose sender died before it was fetched shows as a connection that nobody answers
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SourceError(
-            f"{renderer.source.location}: a data worker process died ({str(error).splitlines()[0]}). The usual cause "
-            "is memory: use fewer --workers or a smaller --batch-size. Run the same command again to continue."
+            f"{renderer.source.location}: a data worker process died ({reason}). The usual cause is memory: use fewer "
+            "--workers or a smaller --batch-size. Run the same command again to continue."
         ) from error
 
 

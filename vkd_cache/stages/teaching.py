@@ -6,11 +6,14 @@ how many samples its last batch happens to hold.
 
 import contextlib
 import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from vkd_cache.config import ExtractConfig
+from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, render_loader
+from vkd_cache.stages.transfer import ahead_on_device
 from vkd_cache.teachers import Teacher
 
 AUTOCAST_DTYPES = {"off": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -57,7 +60,7 @@ class TeacherRun:
             "autocast": self.autocast,
             "channels_last": self.channels_last,
             "compiled": self.compiled,
-            "tf32": on_gpu and bool(torch.backends.cudnn.allow_tf32),
+            "tf32": on_gpu and bool(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32),
             "batch_size": self.batch_size,
         }
 
@@ -79,9 +82,14 @@ def start_teacher(teacher: Teacher, config: ExtractConfig, device: torch.device)
     )
 
 
+def taught_batches(
+    renderer: Renderer, tasks: Iterable[RenderTask], workers: int, run: TeacherRun
+) -> Iterator[tuple[RenderedBatch, torch.Tensor]]:
+    """Rendered batches with their pixels on the teacher's device, in the order of `tasks`."""
+    loader = render_loader(renderer, tasks, workers=workers, pin_memory=run.device.type == "cuda")
+    return ahead_on_device(loader, run.device)
+
+
 def teacher_head(teacher: Teacher) -> dict[str, torch.Tensor] | None:
     """`weight` (K, C) and `bias` (K,) on the host, where logits are linear in `pooled`; else None."""
-    if teacher.head is None:
-        return None
-    weight, bias = teacher.head
-    return {"weight": weight.cpu(), "bias": bias.cpu()}
+    return teacher.head_tensors()

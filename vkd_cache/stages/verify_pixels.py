@@ -8,6 +8,7 @@ Shape legend: b rows of a task.
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -106,7 +107,7 @@ class PixelCheck:
                 where, f"image of key '{key}' is broken ({reasons[at]}), but the teacher saw it whole. Restore it."
             )
             return
-        found, stored = int(batch.columns["digest"][at]), int(unit.columns["digest"][place])  # type: ignore[arg-type]
+        found, stored = int(batch.columns["digest"][at]), int(unit.columns["digest"][place])
         if found != stored:
             self._level.error(
                 where,
@@ -142,7 +143,12 @@ class PixelCheck:
         plan = plan_mixing(self._recipe, self._cache.manifest.seed, shard.keys, unit.id.view)
         broken = np.setdiff1d(np.arange(len(shard.keys)), rows)
         plan = drop_partners(plan, broken.tolist()) if len(broken) else plan
-        planned = {"partner": plan.partner, "mix_kind": plan.kind, "mix_lambda": plan.lam, "mix_box": plan.box}
+        planned: dict[str, npt.NDArray[Any]] = {
+            "partner": plan.partner,
+            "mix_kind": plan.kind,
+            "mix_lambda": plan.lam,
+            "mix_box": plan.box,
+        }
         for name, values in planned.items():
             differing = (unit.columns[name] != values[rows]).reshape(len(rows), -1).any(1)
             if differing.any():
