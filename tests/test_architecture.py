@@ -20,7 +20,7 @@ MODULES = {
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
 # arrows go down, or stay inside one part
-LEVELS = {"__main__": 4, "cli": 3, "stages": 2, "console": 0, "config": 0, "errors": 0, "runtime": 0}
+LEVELS = {"__main__": 4, "cli": 3, "stages": 2, "console": 0, "config": 0, "errors": 0, "runtime": 0, "weights": 0}
 PARTS_LEVEL = 1  # cache, sources, views, teachers, students, losses, ...
 SIDEWAYS = {
     ("cache", "vkd_cache.views.params"),
@@ -33,6 +33,7 @@ SIDEWAYS = {
     ("projector", "vkd_cache.polar"),
     ("config", "vkd_cache.errors"),
     ("runtime", "vkd_cache.errors"),
+    ("weights", "vkd_cache.errors"),
     ("console", "vkd_cache.errors"),
     ("console", "vkd_cache.runtime"),
 }

@@ -338,7 +338,7 @@ def test_damaged_files_are_one_message(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: {}, "found dict, expected a state dict"),
+        (lambda state: {}, "holds no weights, expected a state dict"),
         (lambda state: state | {"note": "text"}, "entry 'note' is a str, expected a tensor"),
         (lambda state: {k: v for k, v in state.items() if "bn1" not in k}, r"\d+ missing: bn1.weight, .* and \d+ more"),
         (
@@ -363,9 +363,9 @@ def test_only_the_counters_of_batch_norm_may_be_missing(tmp_path: Path) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match="cannot read the teacher's weights: No such file"):
+    with pytest.raises(TeacherError, match=r"cannot be read \(No such file"):
         load("test_resnet", str(tmp_path / "absent.pth"))
-    with pytest.raises(TeacherError, match="cannot read the teacher's weights"):
+    with pytest.raises(TeacherError, match=r"cannot be read \(Is a directory"):
         load("test_resnet", str(tmp_path))
 
 

@@ -1,0 +1,152 @@
+"""Weights files: read without running what is inside, unwrapped, and compared with what a network expects.
+
+A newcomer's trap: a suffix says nothing. Safetensors files are known by their first bytes, torch files hold a state
+dict under any of several entries, and names carry the prefixes of whatever wrapped the network when it was saved.
+"""
+
+import argparse
+import os
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError  # only the exception of torch's restricted reader; nothing here unpickles
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vkd_cache.errors import CheckpointError, TeacherError
+
+WEIGHT_ENTRIES = ("student", "model", "state_dict")
+_WRAPPERS = ("module.", "_orig_mod.")  # left by DistributedDataParallel and averages, and by torch.compile
+_UPDATE_COUNT = "n_averaged"  # torch's AveragedModel counts its updates among the weights
+_DEEPEST = 4  # entries inside entries; a hostile file may nest without end
+_MAX_LISTED = 3
+
+Refusal = type[CheckpointError] | type[TeacherError]
+# what torch's reader meets in damaged bytes; it hands files called .safetensors on to that library
+_DAMAGE = (
+    RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError, zipfile.BadZipFile,
+    SafetensorError,
+)
+
+
+def read_weights_file(path: str | Path, refusal: Refusal) -> dict[str, Any]:
+    """A safetensors or torch file as a dictionary, on the CPU, without running any code from it.
+
+    Args:
+        path: the file; a leading `~` is the home folder. A torch file may hold, beside tensors, plain values and the
+            argparse options that training scripts store.
+        refusal: the error to raise.
+
+    Raises:
+        CheckpointError, TeacherError: as `refusal` says: missing, neither format, damaged, not a dictionary, or
+            holding Python objects that would have to be executed.
+    """
+    path = Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own raises where there is no such user
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise refusal(
+            f"{path}: cannot be read ({error.strerror or error}), expected a file of weights: safetensors or torch."
+        ) from error
+    content = _read_safetensors(path, refusal) if start[8:] == b"{" else _read_torch(path, refusal)
+    if not isinstance(content, Mapping):
+        raise refusal(f"{path}: holds a {type(content).__name__}, expected a dictionary of weights by name.")
+    return dict(content)
+
+
+def innermost(document: Mapping[str, Any], entries: Sequence[str] = WEIGHT_ENTRIES) -> Mapping[str, Any]:
+    """What lies under the first of `entries` that is a dictionary, as deep as they nest; `document` where none is."""
+    for _ in range(_DEEPEST):
+        nested = next((document[entry] for entry in entries if isinstance(document.get(entry), Mapping)), None)
+        if nested is None:
+            break
+        document = nested
+    return document
+
+
+def bare_tensors(weights: Mapping[str, Any], where: str, refusal: Refusal) -> dict[str, Tensor]:
+    """The tensors of a state dict, their names without wrappers' prefixes (`module.`, `_orig_mod.`).
+
+    Raises:
+        CheckpointError, TeacherError: as `refusal` says: something that is not a tensor, or two entries of one name.
+    """
+    named: dict[str, Tensor] = {}
+    for original, value in weights.items():
+        if original == _UPDATE_COUNT:
+            continue
+        if not isinstance(value, Tensor):
+            raise refusal(
+                f"{where}: entry '{original}' is a {type(value).__name__}, expected a tensor: a state dict, plain or "
+                f"under {', '.join(WEIGHT_ENTRIES)}."
+            )
+        name = str(original)
+        while name.startswith(_WRAPPERS):
+            name = name.partition(".")[2]
+        if name in named:
+            raise refusal(f"{where}: '{original}' names a tensor that another entry names too.")
+        named[name] = value
+    return named
+
+
+def misfits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, optional: str = "") -> list[str]:
+    """What keeps `found` from being loaded as `expected`, as short phrases; empty when it fits.
+
+    Args:
+        found, expected: tensors by name; only names and shapes are compared.
+        optional: names that end so may be missing; "" stands for none.
+    """
+    missing = [name for name in expected if name not in found and not (optional and name.endswith(optional))]
+    unexpected = [name for name in found if name not in expected]
+    reshaped = [
+        f"{name} (found {tuple(found[name].shape)}, expected {tuple(value.shape)})"
+        for name, value in expected.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    return [f"{len(names)} {kind}: {_shortly(names)}" for kind, names in kinds.items() if names]
+
+
+def _read_safetensors(path: Path, refusal: Refusal) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise refusal(f"{path}: looks like a safetensors file but cannot be read: {error}.") from error
+
+
+def _read_torch(path: Path, refusal: Refusal) -> object:
+    try:
+        # a Namespace holds values and runs nothing
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its remarks on other pickle protocols; what fails is told below
+            content: object = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise refusal(
+            f"{path}: refused, for it is not a torch file of tensors and plain values ({_reason(error)}). Save its "
+            "state dict alone, best as safetensors."
+        ) from error
+    except _DAMAGE as error:
+        raise refusal(
+            f"{path}: neither a safetensors nor a torch file, or a damaged one ({_reason(error)})."
+        ) from error
+    return content
+
+
+def _reason(error: Exception) -> str:
+    """The telling sentence of torch's long message, without its advice to load the file unsafely."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = next((line for line in lines if "GLOBAL" in line or "WeightsUnpickler error" in line), "")
+    if not telling:
+        telling = next((line for line in lines if "weights_only" not in line and "only load" not in line), "")
+    sentence = telling.removeprefix("WeightsUnpickler error: ").partition(". ")[0]
+    return sentence[:160].rstrip(".") or type(error).__name__
+
+
+def _shortly(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more
