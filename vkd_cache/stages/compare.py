@@ -6,6 +6,7 @@ their own ways; small differences grow as they do between any two runs, so the c
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -17,15 +18,16 @@ import torch
 from torch import Tensor
 
 from vkd_cache import console
+from vkd_cache.cache.reader import Cache
 from vkd_cache.config import Config, config_to_json
-from vkd_cache.errors import ConfigError
+from vkd_cache.errors import CacheMismatchError, ConfigError
 from vkd_cache.optim import cosine_lr
 from vkd_cache.runtime import JobSplit, hardware, library_versions, write_atomic
 from vkd_cache.stages.feed import FedBatch
 from vkd_cache.stages.journal import draw_curves
 from vkd_cache.stages.learner import TERMS, Learner, step_seed
 from vkd_cache.stages.run import Run, prepare_run
-from vkd_cache.stages.supply import Supply
+from vkd_cache.stages.supply import LiveTeacher, Supply
 from vkd_cache.stages.transfer import ahead_on_device, mixed_images
 
 # largest relative gap of a loss term at any step, by codec (the contract's targets)
@@ -66,8 +68,26 @@ class CompareReport:
         return 0 if self.within_bound else 1
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return dataclasses.asdict(self) | {"within_bound": self.within_bound}
+        """Both comparisons in short, plain JSON; `curves` has every step."""
+        terms = [name for name in TERMS if name in self.lockstep]
+        gaps = [{"gap of": f"{name} loss"} | _spread(self.lockstep[name]) | {"bound": self.bound} for name in terms]
+        return {
+            "steps": self.steps,
+            "codecs": self.codecs,
+            "bound": self.bound,
+            "within_bound": self.within_bound,
+            "lockstep": [*gaps, {"gap of": "gradient"} | _spread(self.gradient) | {"bound": None}],
+            "gradient_cosine": min(self.gradient_cosine),
+            "free_running": [
+                {"loss at the end": name, "cached": _tail(self.cached[name]), "live": _tail(self.live[name])}
+                for name in terms
+            ],
+        }
+
+    def curves(self) -> dict[str, Any]:
+        """Every number of every step, plain JSON."""
+        names = ("lockstep", "gradient", "gradient_cosine", "cached", "live")
+        return {name: getattr(self, name) for name in names}
 
 
 def compare(config: Config, *, steps: int) -> CompareReport:
@@ -78,10 +98,13 @@ def compare(config: Config, *, steps: int) -> CompareReport:
     """
     if not config.cache.url or not config.teacher.name:
         raise ConfigError("compare needs both teachers: --cache, and --teacher with its weights (or a pipeline file).")
+    if config.loss.feature_weight == config.loss.logit_weight == 0:
+        raise ConfigError("[loss] feature_weight and logit_weight are 0: there is no teacher to compare.")
     # every view is checked: a gap must not come from other pixels
     train = dataclasses.replace(config.train, epochs=10**6, digest_check=1.0)
     run = prepare_run(dataclasses.replace(config, train=train), JobSplit())
     cached, live = run.supply(live=False), run.supply(live=True)
+    _check_teacher(run.cached, live)
     lockstep, gradient, cosine = _lockstep(run, cached, live, steps)
     report = CompareReport(
         steps=steps,
@@ -93,21 +116,35 @@ def compare(config: Config, *, steps: int) -> CompareReport:
         cached=_free(run, cached, cached, steps, "compare: from the cache"),
         live=_free(run, live, cached, steps, "compare: live teacher"),
     )
-    _show(report)
-    if config.train.output:
-        _write(Path(config.train.output), config, run, report)
+    _write(Path(config.train.output), dataclasses.replace(run.config, train=config.train), run.cached, report)
+    verdict = "within" if report.within_bound else "NOT within"
+    console.say(f"compare: every loss is {verdict} {report.bound:g} of the live teacher's at every step")
     return report
+
+
+def _check_teacher(cache: Cache, live: Supply) -> None:
+    """Refuse a live teacher that is not the cached one: the gap would say nothing about the cache."""
+    if isinstance(live, LiveTeacher):
+        here, there = live.identity["weights_sha256"], cache.manifest.teacher.get("weights_sha256")
+        if here != there:
+            raise CacheMismatchError(
+                f"{cache.url}: was made with teacher '{cache.manifest.teacher.get('name')}' (weights sha256 {there}), "
+                f"this run asks for '{live.identity['name']}' ({here}). Use the cached one's --teacher-weights."
+            )
 
 
 def _batches(run: Run, nodes_of: Supply, steps: int) -> Iterator[tuple[int, FedBatch, Tensor]]:
     """The first `steps` batches with their pixels on the device; `nodes_of` says which stored values ride along."""
     on_gpu = run.device.type == "cuda"
     with run.feed(nodes_of) as feed:
+        if feed.order(0).num_steps == 0:
+            raise ConfigError(
+                f"[train] batch_size: found {run.config.train.batch_size}, and {run.source.location} has fewer usable "
+                "samples. Use a smaller --batch-size."
+            )
         fed = feed.batches(epoch=0, step=0, workers=run.config.train.workers, pin_memory=on_gpu)
-        for step, (batch, pixels) in enumerate(ahead_on_device(fed, run.device)):
+        for step, (batch, pixels) in enumerate(itertools.islice(ahead_on_device(fed, run.device), steps)):
             yield step, batch, pixels
-            if step + 1 == steps:
-                return
 
 
 def _lockstep(
@@ -125,30 +162,24 @@ def _lockstep(
             targets = learner.targets(batch)
             both = [learner.loss(outputs, targets, *supply(batch, images)) for supply in (live, cached)]
             for name in both[0]:
-                reference = float(both[0][name])
-                gaps.setdefault(name, []).append(abs(float(both[1][name]) - reference) / max(abs(reference), 1e-12))
+                reference, value = (float(terms[name].detach()) for terms in both)
+                gaps.setdefault(name, []).append(abs(value - reference) / max(abs(reference), 1e-12))
             live_gradient = _gradient(learner, both[0]["total"], keep_graph=True)
             cached_gradient = _gradient(learner, both[1]["total"], keep_graph=False)
             norm = live_gradient.norm().clamp_min(1e-30)
             gradient.append(float((cached_gradient - live_gradient).norm() / norm))
             cosine.append(float(torch.nn.functional.cosine_similarity(cached_gradient, live_gradient, dim=0)))
-            _move(learner, _lr(run.config, step, steps))
+            learner.update(_lr(run.config, step, steps))
             progress.advance(1)
             progress.detail(f"largest gap {max(max(values) for values in gaps.values()):.2e}")
     return gaps, gradient, cosine
 
 
 def _gradient(learner: Learner, loss: Tensor, *, keep_graph: bool) -> Tensor:
-    """All gradients of `loss` as one float64 vector; they are also left on the parameters."""
+    """All gradients of `loss` as one float64 vector, scaled under fp16; they are also left on the parameters."""
     learner.optimizer.zero_grad(set_to_none=True)
-    loss.backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
+    learner.backward(loss, keep_graph=keep_graph)
     return torch.cat([p.grad.flatten().double() for p in learner.student.parameters() if p.grad is not None])
-
-
-def _move(learner: Learner, lr: float) -> None:
-    for group in learner.optimizer.param_groups:
-        group["lr"] = lr
-    learner.optimizer.step()
 
 
 def _lr(config: Config, step: int, steps: int) -> float:
@@ -168,40 +199,21 @@ def _free(run: Run, supply: Supply, nodes_of: Supply, steps: int, title: str) ->
     return terms
 
 
-def _show(report: CompareReport) -> None:
-    terms = [name for name in TERMS if name in report.lockstep]
-    rows = [_row(f"{name} loss", report.lockstep[name], f"{report.bound:g}") for name in terms]
-    rows.append(_row("gradient", report.gradient, "stated"))
-    console.show_table(
-        f"cached against live teacher, lockstep, {report.steps} steps, "
-        + ", ".join(f"{node} as {codec}" for node, codec in report.codecs.items()),
-        ["relative gap of", "median", "largest", "bound"],
-        rows,
-    )
-    finals = [
-        [name, f"{_tail(report.cached[name]):.5f}", f"{_tail(report.live[name]):.5f}"]
-        for name in TERMS
-        if name in report.cached
-    ]
-    console.show_table("free-running, mean of the last tenth of the steps", ["loss", "from the cache", "live"], finals)
-    verdict = "within" if report.within_bound else "NOT within"
-    console.say(f"compare: every loss is {verdict} {report.bound:g} of the live teacher's at every step")
-
-
-def _row(name: str, gaps: Sequence[float], bound: str) -> list[str]:
-    return [name, f"{statistics.median(gaps):.2e}", f"{max(gaps):.2e}", bound]
+def _spread(gaps: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(gaps), "largest": max(gaps)}
 
 
 def _tail(values: Sequence[float]) -> float:
     return statistics.fmean(values[-max(1, math.ceil(len(values) / 10)) :])
 
 
-def _write(output: Path, config: Config, run: Run, report: CompareReport) -> None:
+def _write(output: Path, config: Config, cache: Cache, report: CompareReport) -> None:
     output.mkdir(parents=True, exist_ok=True)
     document = report.to_json() | {
+        "curves": report.curves(),
         "command": "compare",
         "config": config_to_json(config),
-        "cache_fingerprint": run.cached.fingerprint,
+        "cache_fingerprint": cache.fingerprint,
         "versions": library_versions(),
         "hardware": hardware(),
     }

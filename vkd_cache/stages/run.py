@@ -142,10 +142,11 @@ def prepare_run(config: Config, split: JobSplit) -> Run:
     """Open what a run reads, and check that its parts belong together.
 
     Raises:
-        ConfigError: validation labels that the student has no class for.
+        ConfigError: what the configuration lacks, or validation labels that the student has no class for.
         CacheMismatchError: the cache was made from another data set.
         IncompleteCacheError: not one view of the cache is complete.
     """
+    _check_config(config)
     device = torch.device(resolve_device(config.train.device, split.local_index))
     cache = _open_cache(config)
     source = open_source(config.source.train, split="train", shard_size=shard_size_of(config, cache))
@@ -175,6 +176,27 @@ def prepare_run(config: Config, split: JobSplit) -> Run:
         views=views,
         num_classes=source.num_classes,
     )
+
+
+def _check_config(config: Config) -> None:
+    problems = [
+        f"{where} is empty: give {flag} or set it in the pipeline file."
+        for where, value, flag in (
+            ("[source] train", config.source.train, "--source"),
+            ("[student] name", config.student.name, "--student"),
+            ("[train] output", config.train.output, "--output"),
+        )
+        if not value
+    ]
+    if config.train.batch_size % 2:
+        problems.append(
+            f"[train] batch_size: found {config.train.batch_size}, expected an even number, so that the two images of "
+            "a mixed pair are in one batch."
+        )
+    if config.loss.task_weight == config.loss.feature_weight == config.loss.logit_weight == 0:
+        problems.append("[loss] all three weights are 0: there is nothing to learn.")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _open_cache(config: Config) -> Cache | None:

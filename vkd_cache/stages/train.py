@@ -17,7 +17,6 @@ import torch
 
 from vkd_cache import console
 from vkd_cache.config import Config
-from vkd_cache.errors import ConfigError
 from vkd_cache.runtime import JobSplit
 from vkd_cache.stages.checkpoints import find_checkpoint
 from vkd_cache.stages.loop import Loop
@@ -61,7 +60,6 @@ def train(config: Config, split: JobSplit, *, dry_run: bool = False) -> TrainSum
             the teacher saw.
     """
     started = time.monotonic()
-    _check_config(config)
     run = prepare_run(config, split)
     checkpoint = find_checkpoint(config)
     if dry_run:
@@ -83,27 +81,6 @@ def train(config: Config, split: JobSplit, *, dry_run: bool = False) -> TrainSum
     )
     _say_summary(summary)
     return summary
-
-
-def _check_config(config: Config) -> None:
-    problems = [
-        f"{where} is empty: give {flag} or set it in the pipeline file."
-        for where, value, flag in (
-            ("[source] train", config.source.train, "--source"),
-            ("[student] name", config.student.name, "--student"),
-            ("[train] output", config.train.output, "--output"),
-        )
-        if not value
-    ]
-    if config.train.batch_size % 2:
-        problems.append(
-            f"[train] batch_size: found {config.train.batch_size}, expected an even number, so that the two images of "
-            "a mixed pair are in one batch."
-        )
-    if config.loss.task_weight == config.loss.feature_weight == config.loss.logit_weight == 0:
-        problems.append("[loss] all three weights are 0: there is nothing to learn.")
-    if problems:
-        raise ConfigError("\n".join(problems))
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
