@@ -7,6 +7,7 @@ members of a pair together, and `vkd_cache.views.blend` mixes them on the device
 Shape legend: b samples of a batch, H = W = the recipe's size in pixels.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import signal
@@ -149,9 +150,10 @@ class Renderer(torch.utils.data.Dataset[RenderedBatch]):
             params = params_from_columns(task.params, position)
             if params.source_size != image.size:
                 raise CorruptCacheError(
-                    f"{self.source.location}: image of key '{self.source.shards[shard].keys[row]}' is "
-                    f"{image.width}x{image.height} pixels, the teacher saw one of "
-                    f"{params.source_size[0]}x{params.source_size[1]}. Train from the images that were extracted."
+                    f"{self.source.location}: image of key '{self.source.shards[shard].keys[row]}', view {task.view}, "
+                    f"is {image.width}x{image.height} pixels, the teacher saw one of "
+                    f"{params.source_size[0]}x{params.source_size[1]}. The image file or the decoder changed: "
+                    f"{pixel_versions()} here{VERSIONS_MARK}. Use the images that were extracted."
                 )
         return params, render_view(image, params, self.recipe)
 
@@ -198,10 +200,11 @@ def render_loader(
         pin_memory=pin_memory,
         prefetch_factor=2 if workers else None,
         multiprocessing_context=_worker_context() if workers else None,
-        worker_init_fn=_start_worker if workers else None,
     )
+    with _signals_held_back():
+        batches = iter(loader)
     try:
-        yield from loader
+        yield from batches
     except (RuntimeError, ConnectionError, EOFError) as error:
         # a batch whose sender died before it was fetched shows as a connection that nobody answers
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
@@ -220,6 +223,15 @@ def _worker_context() -> Any:
     return context
 
 
-def _start_worker(_: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the main process decides when the workers stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Processes started meanwhile never receive SIGINT or SIGTERM; this one does so at the end.
+
+    Both often go to a whole process group (Ctrl-C, batch systems), and the main process decides when workers stop: it
+    may need batches for a step to be finished. Workers end with it, because they watch its server.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
