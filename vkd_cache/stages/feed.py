@@ -20,14 +20,7 @@ from vkd_cache import console
 from vkd_cache.errors import CorruptCacheError
 from vkd_cache.stages.joining import Part, joined_columns, joined_mix, joined_nodes
 from vkd_cache.stages.order import EpochOrder
-from vkd_cache.stages.rendering import (
-    VERSIONS_MARK,
-    RenderedBatch,
-    Renderer,
-    RenderTask,
-    pixel_versions,
-    render_loader,
-)
+from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, render_loader
 from vkd_cache.stages.unit_views import CachedViews, ShardView, Views
 from vkd_cache.views.params import MixPlan
 
@@ -135,7 +128,7 @@ class Feed:
         for rendered in loader:
             at_epoch, at_step, ends_epoch, nodes = self._pending.popleft()
             if rendered.error is not None:
-                raise self._explained(rendered.error)
+                raise rendered.error
             if rendered.broken:
                 if isinstance(self._views, CachedViews):
                     raise self._broken_replay(rendered)
@@ -223,13 +216,6 @@ class Feed:
     def _key(self, rendered: RenderedBatch, number: int) -> str:
         position = rendered.broken[number][0]
         return self._renderer.source.shards[int(rendered.shard[position])].keys[int(rendered.row[position])]
-
-    def _explained(self, error: Exception) -> Exception:
-        """Put the cache's own versions into a digest error: the worker that found it does not know them."""
-        if VERSIONS_MARK not in str(error) or not isinstance(self._views, CachedViews):
-            return error
-        theirs = pixel_versions(self._views.versions)
-        return type(error)(str(error).replace(VERSIONS_MARK, f", {theirs} when the cache was made"))
 
 
 def _chosen(count: int, schedule: Schedule, epoch: int, step: int) -> npt.NDArray[np.bool_]:

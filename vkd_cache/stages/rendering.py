@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -90,10 +90,14 @@ class RenderedBatch:
 class Renderer(torch.utils.data.Dataset[RenderedBatch]):
     """Renders tasks of one source under one recipe and cache seed; the loader's workers hold a copy each."""
 
-    def __init__(self, source: Source, recipe: Recipe, seed: int) -> None:
+    def __init__(
+        self, source: Source, recipe: Recipe, seed: int, *, made_with: Mapping[str, str] | None = None
+    ) -> None:
+        """`made_with`: library versions of the cache whose views are replayed, for messages."""
         self.source = source
         self.recipe = recipe
         self.seed = seed
+        self._made_with = made_with
 
     def __getitem__(self, task: RenderTask) -> RenderedBatch:
         """Render one task; an error is returned in the batch, because a loader would bury its message."""
@@ -152,8 +156,7 @@ class Renderer(torch.utils.data.Dataset[RenderedBatch]):
                 raise CorruptCacheError(
                     f"{self.source.location}: image of key '{self.source.shards[shard].keys[row]}', view {task.view}, "
                     f"is {image.width}x{image.height} pixels, the teacher saw one of "
-                    f"{params.source_size[0]}x{params.source_size[1]}. The image file or the decoder changed: "
-                    f"{pixel_versions()} here{VERSIONS_MARK}. Use the images that were extracted."
+                    f"{params.source_size[0]}x{params.source_size[1]}. {self._what_changed()}"
                 )
         return params, render_view(image, params, self.recipe)
 
@@ -164,18 +167,18 @@ class Renderer(torch.utils.data.Dataset[RenderedBatch]):
             key = self.source.shards[int(task.shard[position])].keys[int(task.row[position])]
             raise CorruptCacheError(
                 f"{self.source.location}: view {task.view} of key '{key}' renders to pixels with digest "
-                f"{digest:016x}, the teacher saw {int(task.digest[position]):016x}. The image file or the decoder "
-                f"changed: {pixel_versions()} here{VERSIONS_MARK}."
+                f"{digest:016x}, the teacher saw {int(task.digest[position]):016x}. {self._what_changed()}"
             )
 
+    def _what_changed(self) -> str:
+        theirs = f", {pixel_versions(self._made_with)} when the cache was made" if self._made_with else ""
+        return f"The image file or the decoder changed: {pixel_versions()} here{theirs}. Use the images of the cache."
 
-# The cache's side of the versions is known to the caller alone: it replaces this mark in the message.
-VERSIONS_MARK = "{cache versions}"
 
 _NO_PARAMS = ViewParams(seed=0, source_size=(0, 0), crop=(0, 0, 0, 0), flip=False, ops=())
 
 
-def pixel_versions(versions: dict[str, str] | None = None) -> str:
+def pixel_versions(versions: Mapping[str, str] | None = None) -> str:
     """The versions that decide a view's pixels, as text; `versions`: those of a cache instead of this process'."""
     found = library_versions() if versions is None else versions
     return f"Pillow {found.get('pillow', 'unknown')} with libjpeg {found.get('libjpeg', 'unknown')}"

@@ -84,7 +84,8 @@ class Run:
     def feed(self, supply: Supply) -> Feed:
         """The batches of this rank."""
         train = self.config.train
-        renderer = Renderer(self.source, self.recipe, self.config.views.seed)
+        made_with = self.cache.manifest.versions if self.cache is not None else None
+        renderer = Renderer(self.source, self.recipe, self.config.views.seed, made_with=made_with)
         schedule = Schedule(
             epochs=train.epochs,
             batch_size=train.batch_size,

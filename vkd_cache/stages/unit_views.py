@@ -83,11 +83,6 @@ class CachedViews:
         self.views = views
         self.num_broken = 0
 
-    @property
-    def versions(self) -> dict[str, str]:
-        """Versions of the libraries that rendered the cache's views."""
-        return self._cache.manifest.versions
-
     def slot_counts(self, view: int) -> Sequence[int]:
         """Two samples a slot, as the view's records say; they are read once."""
         if view not in self._slot_counts:
