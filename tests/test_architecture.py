@@ -34,6 +34,7 @@ SIDEWAYS = {
     ("config", "vkd_cache.errors"),
     ("runtime", "vkd_cache.errors"),
     ("weights", "vkd_cache.errors"),
+    ("weights", "vkd_cache.runtime"),
     ("console", "vkd_cache.errors"),
     ("console", "vkd_cache.runtime"),
 }

@@ -121,6 +121,12 @@ def test_packing_is_exact_and_a_function_of_the_columns(
     assert keys_from_columns(found) == keys
 
 
+def test_a_home_folder_is_a_home_folder_without_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    open_storage("~/cache").put("a", b"x")
+    assert (tmp_path / "cache" / "a").read_bytes() == b"x"
+
+
 def test_units_grow_in_any_order(url: str, backend: str) -> None:
     writer = create_cache(url, make_manifest(backend=backend))
     assert find_cache(url) is not None
@@ -134,7 +140,8 @@ def test_units_grow_in_any_order(url: str, backend: str) -> None:
     assert writer.published(1) == {2}
     assert writer.published(7) == frozenset()
     assert cache.complete_views() == 1  # view 1 has a hole, so view 2 does not count
-    assert len(cache.read(*cache.units[3])) == 7
+    assert len(cache.read(cache.units[3])) == len(cache.read(2, 1)) == len(cache.read((2, 1), verify=False)) == 7
+    assert cache.read(cache.units[3]).id == cache.read(2, 1).id == (2, 1)
     with pytest.raises(IncompleteCacheError, match="shard 0 of view 1 is not published"):
         cache.read(0, 1)
 

@@ -268,6 +268,20 @@ def test_paths_that_hold_no_source(tmp_path: Path) -> None:
         open_source(str(make_tree(tmp_path / "tree", ["a/1.jpg"])), shard_size=0)
 
 
+def test_the_home_folder_is_found_and_an_unknown_user_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipeline file, or a shell that knows no such user, hands the ~ on."""
+    make_tree(tmp_path / "tree", ["a/1.jpg"])
+    make_tar(tmp_path / "x.tar", pairs(1))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_source("~/tree").shards[0].keys == ("a/1",)
+    assert len(open_source("~/x.tar").shards) == 1
+    with pytest.raises(SourceError, match="~nobody-of-that-name/tree: found nothing there"):
+        open_source("~nobody-of-that-name/tree")
+    assert validation_beside("~nobody-of-that-name/train") is None
+
+
 def test_a_file_that_vanishes_is_an_error_with_its_path(tmp_path: Path) -> None:
     source = open_source(str(make_tree(tmp_path, ["a/1.jpg"])))
     (tmp_path / "a" / "1.jpg").unlink()

@@ -151,6 +151,11 @@ def _cpu_name() -> str:
     return platform.processor() or "unknown"
 
 
+def expand_home(path: str | Path) -> str:
+    """`path` with a leading `~` or `~user` replaced, for paths that no shell has seen; as it is without such a user."""
+    return os.path.expanduser(path)  # noqa: PTH111 - Path's own raises a RuntimeError where there is no such user
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data` so that a reader, or a crash at any moment, sees the old file or the new one."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)

@@ -5,7 +5,6 @@ dict under any of several entries, and names carry the prefixes of whatever wrap
 """
 
 import argparse
-import os
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vkd_cache.errors import CheckpointError, TeacherError
+from vkd_cache.runtime import expand_home
 
 WEIGHT_ENTRIES = ("student", "model", "state_dict")
 _WRAPPERS = ("module.", "_orig_mod.")  # left by DistributedDataParallel and averages, and by torch.compile
@@ -46,7 +46,7 @@ def read_weights_file(path: str | Path, refusal: Refusal) -> dict[str, Any]:
         CheckpointError, TeacherError: as `refusal` says: missing, neither format, damaged, not a dictionary, or
             holding Python objects that would have to be executed.
     """
-    path = Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own raises where there is no such user
+    path = Path(expand_home(path))
     try:
         with path.open("rb") as file:
             start = file.read(9)

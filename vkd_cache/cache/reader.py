@@ -102,7 +102,7 @@ class Cache:
 
     @property
     def units(self) -> tuple[UnitId, ...]:
-        """Every published unit, by view and shard: `cache.read(*unit)`. Lists the cache anew."""
+        """Every published unit, by view and shard: `cache.read(unit)`. Lists the cache anew."""
         published = sorted(self.published().items())
         return tuple(UnitId(shard, view) for view, shards in published for shard in sorted(shards))
 
@@ -160,12 +160,12 @@ class Cache:
             )
         return record
 
-    def read(self, shard: int, view: int, *, verify: bool = True) -> Unit:
+    def read(self, unit: tuple[int, int] | int, view: int = 0, *, verify: bool = True) -> Unit:
         """One unit, whole.
 
         Args:
-            shard: number of the shard.
-            view: number of the view.
+            unit: (shard, view), as in `units`, or the number of the shard.
+            view: number of the view, where `unit` is a shard.
             verify: compare size and checksum with the record before anything is parsed (about 0.3 us per sample).
 
         Raises:
@@ -173,8 +173,8 @@ class Cache:
             CorruptCacheError: its bytes are not those that were published.
             CacheFormatError: they are, but not what the format says.
         """
-        unit = UnitId(shard, view)
-        record = self.record(shard, view)
+        unit_id = UnitId(*unit) if isinstance(unit, tuple) else UnitId(unit, view)
+        record = self.record(*unit_id)
         data = self.read_file(record, verify=verify)
         where = f"{self.url}/{record.files[0][0]}"
         try:
@@ -184,7 +184,7 @@ class Cache:
         num_rows = check_columns(arrays, self.manifest, where)
         if num_rows != record.num_samples:
             raise CorruptCacheError(f"{where}: found {num_rows} rows, the record says {record.num_samples}.")
-        return Unit(unit, self.manifest, arrays)
+        return Unit(unit_id, self.manifest, arrays)
 
     def read_file(self, record: UnitRecord, *, verify: bool = True) -> bytes:
         """The bytes of a unit's file, compared with its record.

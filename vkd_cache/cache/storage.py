@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vkd_cache.errors import CacheError, ConfigError
-from vkd_cache.runtime import sync_directory
+from vkd_cache.runtime import expand_home, sync_directory
 
 # Temporary files have a folder of their own, so that no listing of units or records ever meets one.
 TEMPORARY = ".incomplete"
@@ -63,7 +63,7 @@ class Storage(Protocol):
 
 
 def open_storage(url: str) -> Storage:
-    """The storage at `url`: a local path, or an fsspec URL such as `s3://bucket/cache`.
+    """The storage at `url`: a local path (a leading `~` is the home folder), or an fsspec URL such as `s3://bucket/cache`.
 
     Raises:
         ConfigError: an empty URL, or a protocol that fsspec does not know or has no library for.
@@ -71,7 +71,7 @@ def open_storage(url: str) -> Storage:
     if not url:
         raise ConfigError("cache: found an empty URL, expected a directory or an fsspec URL. Give --cache.")
     if "://" not in url:
-        return LocalStorage(Path(url))
+        return LocalStorage(Path(expand_home(url)))
     if url.startswith("file://"):
         return LocalStorage(Path(url.removeprefix("file://")))
     return RemoteStorage(url)

@@ -21,7 +21,7 @@ from vkd_cache.errors import CacheFormatError
 
 
 class UnitId(NamedTuple):
-    """Which unit: `cache.read(*unit)`."""
+    """Which unit: `cache.read(unit)`."""
 
     shard: int
     view: int

@@ -9,6 +9,7 @@ from pathlib import Path
 import braceexpand
 
 from vkd_cache.errors import SourceError
+from vkd_cache.runtime import expand_home
 from vkd_cache.sources.findings import first_few
 from vkd_cache.sources.folder import FolderSource, class_folders, image_files
 from vkd_cache.sources.shard import Source
@@ -33,7 +34,7 @@ def open_source(spec: str, *, split: str = "train", shard_size: int = 1024) -> S
         raise SourceError("no source given, expected a folder of classes or a pattern of tars. Give --source.")
     if "://" in spec or spec.startswith("pipe:"):
         raise SourceError(f"{spec}: sources are local files, expected a folder or a pattern of tars. Copy or mount it.")
-    root = Path(spec).expanduser()
+    root = Path(expand_home(spec))
     if root.is_dir():
         return _open_folder(root, spec, split, shard_size)
     if ".tar" in spec:
@@ -50,7 +51,7 @@ def validation_beside(spec: str) -> str | None:
 
     The folder itself when it holds train/ and val/; `val` beside a folder named train; None for anything else.
     """
-    root = Path(spec).expanduser()
+    root = Path(expand_home(spec))
     if not spec or not root.is_dir():
         return None
     if _is_split_layout(root) and (root / "val").is_dir():
@@ -71,7 +72,7 @@ def expand_pattern(pattern: str) -> list[str]:
         parts = list(braceexpand.braceexpand(pattern))
     except ValueError as error:
         raise SourceError(f"{pattern}: braces do not match, expected for example train-{{000..146}}.tar.") from error
-    paths = [path for part in parts for path in _expand_glob(os.path.expanduser(part))]  # noqa: PTH111
+    paths = [path for part in parts for path in _expand_glob(expand_home(part))]
     missing = [path for path in paths if not Path(path).is_file()]
     if missing:
         raise SourceError(
