@@ -185,7 +185,10 @@ def test_view_ranges(first: int, length: int) -> None:
     assert parse_view_range(str(length)) == range(length)
 
 
-@pytest.mark.parametrize("text", [" ", "0", "-1", "3:3", "4:2", "-1:3", "a", "1:b", "1:2:3", "1.5", ":", "2:"])
+@pytest.mark.parametrize(
+    "text",
+    [" ", "0", "-1", "3:3", "4:2", "-1:3", "a", "1:b", "1:2:3", "1.5", ":", "2:", "9" * 30, "0:2000000000"],
+)
 def test_view_ranges_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match=r"\[views\] count: found '.*', expected a count"):
         parse_view_range(text)

@@ -15,6 +15,8 @@ from typing import Any
 
 from vkd_cache.errors import ConfigError
 
+MAX_VIEWS = 10**9  # far beyond any run; what the names of a cache's files have room for
+
 
 def option(
     default: Any,
@@ -262,8 +264,10 @@ def parse_view_range(text: str) -> range:
         views = range(int(first or 0), int(last))
     except ValueError:
         views = range(0)
-    if len(views) == 0 or views.start < 0:
-        raise ConfigError(f"[views] count: found '{text}', expected a count (4) or a range A:B with A < B (4:8)")
+    if not 0 <= views.start < views.stop <= MAX_VIEWS:
+        raise ConfigError(
+            f"[views] count: found '{text}', expected a count (4) or a range A:B with A < B (4:8), up to {MAX_VIEWS}."
+        )
     return views
 
 
