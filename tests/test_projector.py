@@ -73,6 +73,20 @@ def test_newton_schulz_agrees_with_eigenvectors(side: int, extra: int, seed: int
     assert torch.allclose(other, exact, rtol=1e-6, atol=1e-6 * float(exact.abs().max()))
 
 
+@pytest.mark.parametrize("decades", [4, 5, 6])
+@pytest.mark.parametrize("spread", ["one large", "one small", "even"])
+def test_newton_schulz_is_orthonormal_for_any_spectrum_that_training_could_meet(spread: str, decades: int) -> None:
+    left = torch.linalg.qr(gaussian(90, 48, dtype=torch.float64)).Q
+    right = torch.linalg.qr(gaussian(48, 48, seed=1, dtype=torch.float64)).Q
+    values = torch.logspace(0, -decades, 48, dtype=torch.float64)
+    if spread != "even":
+        values = torch.full_like(values, 10.0 ** (-decades if spread == "one large" else 0))
+        values[0] = 10.0 ** (0 if spread == "one large" else -decades)
+    weight, _ = polar._factor_by_newton_schulz((left * values) @ right)
+    assert orthonormality_error(weight) < 1e-7
+    assert torch.allclose(weight, left @ right, atol=1e-4)
+
+
 def test_the_large_float32_path_gives_the_same_factor_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = gaussian(96, 64) / 8 + torch.linalg.qr(gaussian(96, 64, seed=1)).Q
     upstream = gaussian(96, 64, seed=2)
