@@ -124,8 +124,16 @@ def _build_callable(
 ) -> BuiltTeacher:
     factory = _import_callable(config.name, match["module"], match["attribute"])
     arguments: dict[str, Any] = {}
-    if "num_classes" in inspect.signature(factory).parameters:
-        arguments["num_classes"] = config.num_classes or num_classes
+    try:
+        signature = inspect.signature(factory)
+        if "num_classes" in signature.parameters:
+            arguments["num_classes"] = config.num_classes or num_classes
+        signature.bind(**arguments)
+    except (TypeError, ValueError) as error:  # arguments that nobody gives, or a builtin without a signature
+        raise TeacherError(
+            f"[teacher] '{config.name}': cannot be called without arguments, or with num_classes alone ({error}). "
+            "Give a callable that builds the whole network."
+        ) from error
     model = factory(**arguments)
     if not isinstance(model, nn.Module):
         raise TeacherError(f"[teacher] '{config.name}': returned a {type(model).__name__}, expected an nn.Module.")

@@ -123,10 +123,12 @@ class Teacher(nn.Module):
         """`nodes` and `logits` of the probe images.
 
         Raises:
-            TeacherError: the network's plain forward gives other logits: it is random in evaluation mode (a functional
-                dropout left on), or its taps are not what it computes.
+            TeacherError: numbers that are not finite; or the network's plain forward gives other logits: it is random
+                in evaluation mode (a functional dropout left on), or its taps are not what it computes.
         """
         found = self._tap(probe, (*nodes, LOGITS))
+        if not all(bool(value.isfinite().all()) for value in found.values()):
+            raise TeacherError(f"{name}: gives numbers that are not finite on plain images. Check its weights.")
         logits = self._tap(probe, (LOGITS,))[LOGITS]
         if not _close(found[LOGITS], logits):
             raise TeacherError(
