@@ -150,6 +150,28 @@ def test_auto_keeps_more_bits_where_eight_are_too_few() -> None:
         choose_codec("pooled", values * torch.inf)
 
 
+def test_auto_stops_at_a_percent_of_the_normalised_features() -> None:
+    values = torch.randn(64, 512, generator=torch.Generator().manual_seed(1))
+    assert choose_codec("pooled", values)[0] == "token_int8"
+    values[:, 0] = 8.0  # each row's step is twice as wide: about 1.8 %, and hardly more feature loss
+    codec, measured = choose_codec("pooled", values)
+    assert codec == "float16"
+    assert measured["layer_norm_error"] < 0.001
+
+
+def test_auto_stops_where_the_head_looks_at_what_eight_bits_lose() -> None:
+    values = make_values(64, (128,))
+    values[:, 1] = values[:, 0] + 0.002 * torch.randn(64, generator=torch.Generator().manual_seed(3))
+    weight = torch.zeros(10, 128)
+    weight[:, 0] = 1000 * torch.randn(10, generator=torch.Generator().manual_seed(4))
+    weight[:, 1] = -weight[:, 0]  # logits are the difference of two channels that are nearly one
+    assert choose_codec("pooled", values)[0] == "sqrt_uint8"
+    assert choose_codec("pooled", values, {"weight": weight / 1e6, "bias": torch.zeros(10)})[0] == "sqrt_uint8"
+    codec, measured = choose_codec("pooled", values, {"weight": weight, "bias": torch.zeros(10)})
+    assert codec != "sqrt_uint8"
+    assert measured["logit_loss_change"] <= 0.005
+
+
 def test_a_request_for_a_type_is_resolved() -> None:
     values = make_values(8, (6,))
     for dtype in ("float32", "float16", "bfloat16"):

@@ -13,8 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target, rand_bbox
+from timm.data.mixup import Mixup, cutmix_bbox_and_lam, rand_bbox
 
+from vkd_cache.losses import mix_targets
 from vkd_cache.views.blend import mix_pixels, normalise
 from vkd_cache.views.mixing import drop_partners, pair_slots, plan_mixing
 from vkd_cache.views.params import MIX_CUTMIX, MIX_MIXUP, MIX_NONE, MixPlan
@@ -148,6 +149,20 @@ def test_lambda_box_and_switch_have_timms_distribution() -> None:
     assert abs(share - 0.3) < 0.03
 
 
+@pytest.mark.parametrize("alpha", [0.2, 0.8, 3.0])
+def test_each_kind_draws_from_its_own_beta(alpha: float) -> None:
+    """By the variance, 1 / (4 (2 alpha + 1)): a tighter test of alpha than the distribution functions' distance."""
+    keys = [str(i) for i in range(8000)]
+    mixup = plan_mixing(dataclasses.replace(VKD, mixup_alpha=alpha, cutmix_alpha=0.0), 2, keys, 0)
+    expected = 1 / (4 * (2 * alpha + 1))
+    assert float(mixup.lam.var()) == pytest.approx(expected, rel=0.06)
+    cutmix = plan_mixing(dataclasses.replace(VKD, mixup_alpha=0.0, cutmix_alpha=alpha), 2, keys, 0)
+    np.random.seed(0)
+    drawn = np.random.default_rng(0).beta(alpha, alpha, 8000)
+    theirs = np.array([cutmix_bbox_and_lam((3, VKD.size_px, VKD.size_px), lam)[1] for lam in drawn])
+    assert_same_distribution(cutmix.lam[cutmix.partner > np.arange(8000)], theirs)
+
+
 def test_boxes_are_exactly_timms_set() -> None:
     """On a 6 px view, where all centres occur: every box of theirs, and no other, and their lambda."""
     recipe = dataclasses.replace(VKD, size_px=6, mixup_alpha=0.0)
@@ -191,7 +206,8 @@ def test_blended_pixels_and_lambda_are_the_references(case: dict[str, Any], refe
     summary = reference_recipe.summary(f"mixup.{case['seed']}", mixed.numpy())
     for name in ("first8", "mean", "std", "absmax", "l2", "dot"):
         assert summary[name] == pytest.approx(case["mixed"][name], rel=1e-6, abs=1e-5), name
-    targets = mixup_target(torch.tensor(LABELS), 10, float(lam[0]), 0.1)
+    labels = torch.tensor(LABELS)
+    targets = mix_targets(labels, labels.flip(0), lam, 10, 0.1)
     assert torch.allclose(targets, torch.tensor(case["targets"]), atol=1e-6)
 
 

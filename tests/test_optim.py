@@ -39,6 +39,9 @@ def test_a_network_s_own_list_is_respected_and_frozen_parameters_are_left_out() 
     student = create_student("swin_tiny_patch4_window7_224", 10, input_px=32)
     spared = parameter_groups(student, 0.05)[1]["names"]
     assert any("relative_position_bias_table" in name for name in spared)
+    grid = nn.Module()
+    grid.bias = nn.Parameter(torch.zeros(2, 2))
+    assert parameter_groups(nn.ModuleDict({"grid": grid}), 0.05)[0]["weight_decay"] == 0
     frozen = nn.Linear(2, 2)
     frozen.weight.requires_grad_(False)
     (group,) = parameter_groups(frozen, 0.05)
@@ -59,6 +62,7 @@ def test_rates_rise_then_fall_within_their_bounds(total: int, data: st.DataObjec
     rates = [cosine_lr(step, total, 1.0, 0.1, warmup) for step in range(total + 2)]
     assert rates[:warmup] == sorted(rates[:warmup])
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert rates[:warmup] == pytest.approx([(step + 1) / (warmup + 1) for step in range(warmup)])
     assert rates[warmup] == 1.0
     assert rates[total] == rates[total + 1] == 0.1
     assert all(0 < rate <= 1 for rate in rates)
