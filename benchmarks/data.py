@@ -1,4 +1,4 @@
-"""Made data for the benchmarks: JPEG files cut from two real photographs, tars, units of a cache, whole caches.
+"""Made data for the benchmarks: JPEG files cut from two real photographs, units of a cache, whole caches.
 
 A newcomer's trap: the features here come from no network. Their shape, type and distribution are like pooled
 activations after a ReLU (never negative, dense near zero, every channel of its own scale), which is all that storage
@@ -8,9 +8,7 @@ Shape legend: n samples, C channels.
 """
 
 import dataclasses
-import io
-import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import numpy.typing as npt
 import safetensors.torch
 import timm
 import torch
+from packing import jpeg
 from PIL import Image, ImageEnhance
 
 from vkd_cache.cache.schema import Manifest, NodeSpec
@@ -72,30 +71,6 @@ def photos(count: int, *, seed: int) -> Iterator[bytes]:
         if rng.random() < 0.5:
             cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         yield jpeg(ImageEnhance.Brightness(cut).enhance(0.8 + 0.4 * float(rng.random())), JPEG_QUALITY)
-
-
-def jpeg(image: Image.Image, quality: int) -> bytes:
-    """`image` as a JPEG file."""
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=quality)
-    return stream.getvalue()
-
-
-def pack_samples(path: Path, samples: Iterable[tuple[str, bytes, int]]) -> int:
-    """Write (key, JPEG, label) samples as one WebDataset tar whose bytes depend on nothing else.
-
-    Returns:
-        Number of samples.
-    """
-    count = 0
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, content, label in samples:
-            for suffix, body in (("jpg", content), ("cls", str(label).encode())):
-                member = tarfile.TarInfo(f"{key}.{suffix}")  # mtime 0, no owner
-                member.size = len(body)
-                tar.addfile(member, io.BytesIO(body))
-            count += 1
-    return count
 
 
 def _photographs() -> list[Image.Image]:

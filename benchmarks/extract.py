@@ -40,7 +40,7 @@ TINY = {
 
 def main() -> int:
     """Run the benchmark."""
-    made = parser("Extraction against the teacher's forward alone; publishing and reading units.", repetitions=3)
+    made = parser("Extraction against the teacher's forward alone; publishing and reading units.", repetitions=5)
     made.add_argument("--teacher", default="regnety_016", help="timm model, at random weights")
     made.add_argument("--images", type=int, default=256, help="JPEG files of 500x375")
     made.add_argument("--views", type=int, default=1, help="views of each")

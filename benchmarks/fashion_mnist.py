@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from data import jpeg, pack_samples
+from packing import jpeg, pack_samples
 from PIL import Image
 
 from vkd_cache import console

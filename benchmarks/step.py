@@ -31,6 +31,7 @@ from harness import (
     require,
     scratch_folder,
 )
+from packing import pack_samples
 
 from vkd_cache.cache.reader import Unit
 from vkd_cache.cli import guarded
@@ -54,7 +55,7 @@ def main() -> int:
     """Run the benchmark, or with --child one kind's process of it."""
     if sys.argv[1:2] == ["--child"]:
         return serve(json.loads(sys.argv[2]))
-    made = parser("A training step from the cache, without distillation, and with a live teacher.", repetitions=3)
+    made = parser("A training step from the cache, without distillation, and with a live teacher.", repetitions=4)
     made.add_argument("--student", default="deit_ti_distilled", help="student")
     made.add_argument("--teacher", default="regnety_160", help="timm model, at random weights")
     made.add_argument("--batch-size", type=int, default=16, help="samples per step")
@@ -84,7 +85,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, ob
     labels = [(IMAGENET_CLASSES - 1 - 37 * number) % IMAGENET_CLASSES for number in range(count)]
     keys = [f"photo_{number:06d}" for number in range(count)]
     photos = data.photos(count, seed=options.seed)
-    data.pack_samples(folder / "photos.tar", zip(keys, photos, labels, strict=True))
+    pack_samples(folder / "photos.tar", zip(keys, photos, labels, strict=True))
     weights = data.random_weights(options.teacher, folder / "teacher.safetensors", seed=options.seed)
     autocast = AMP_OF_TEACHER[options.amp]
     config: dict[str, dict[str, object]] = {
@@ -117,8 +118,12 @@ class Child:
             [sys.executable, str(ROOT / "benchmarks" / "step.py"), "--child", json.dumps(request)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self.ready = self._answer()
+        self.ready: dict[str, Any] = {}
         self.last: dict[str, Any] = {}
+
+    def wait(self) -> None:
+        """Until its student is built and has done one step."""
+        self.ready = self._answer()
 
     def repetition(self) -> float:
         """Seconds per step."""
@@ -148,17 +153,20 @@ class Child:
 
 
 def measure(options: argparse.Namespace, config: dict[str, dict[str, object]], report: Report) -> None:
-    """Start the three processes one after the other, then let them take turns."""
+    """Start the three processes, and let them take turns once all are ready."""
     children: dict[str, Child] = {}
     try:
         for kind in KINDS:
             children[kind] = Child(kind, options, config)
+        for child in children.values():
+            child.wait()
         pixels = {child.ready["pixels"] for child in children.values()}
         require(len(pixels) == 1, f"step: the kinds were given different pixels: {pixels}")
         kinds: dict[str, Callable[[], float]] = {f"step, {kind}": child.repetition for kind, child in children.items()}
         report.measure("s", interleave("step", kinds, options.repetitions))
         for kind, child in children.items():
-            report.measure("MiB", {f"peak memory, {kind}": [child.last["peak_bytes"] / 2**20]})
+            own = child.last["peak_bytes"] - child.ready["before_bytes"]  # without Python and libraries
+            report.measure("MiB", {f"peak memory, {kind}": [own / 2**20]})
             if child.last["peak_gpu_bytes"]:
                 report.measure("MiB", {f"peak GPU memory, {kind}": [child.last["peak_gpu_bytes"] / 2**20]})
         flops = {kind: child.flops() for kind, child in children.items()}
@@ -168,6 +176,7 @@ def measure(options: argparse.Namespace, config: dict[str, dict[str, object]], r
     report.ratio("cache / plain", "step, cache", "step, plain", Target(bound=1.03))
     report.ratio("live / cache", "step, live", "step, cache")
     report.ratio("peak memory, live / cache", "peak memory, live", "peak memory, cache")
+    report.facts["MiB of libraries, not counted in peak memory"] = children["plain"].ready["before_bytes"] / 2**20
     report.facts |= {f"GFLOPs per image, {kind}": 1e-9 * value / options.batch_size for kind, value in flops.items()}
     report.facts["live / cache by FLOPs alone"] = flops["live"] / flops["cache"]
     report.facts["loss after the timed steps"] = {k: round(child.last["loss"], 4) for k, child in children.items()}
@@ -248,9 +257,10 @@ def serve(request: dict[str, Any]) -> int:
     overrides = dict(request["config"])
     if request["kind"] == "plain":
         overrides["loss"] = {"feature_weight": 0.0, "logit_weight": 0.0}
+    before = peak_memory_bytes()
     steps = Steps(load_config(None, overrides), request["kind"], request["batches"])
     steps.timed(1)
-    _say({"pixels": steps.pixels})
+    _say({"pixels": steps.pixels, "before_bytes": before})
     for line in sys.stdin:
         if line.strip() == "flops":
             _say({"flops": steps.flops()})

@@ -1,0 +1,196 @@
+"""Benchmarks: each runs from the command line, keeps every repetition beside its baseline, and says where it ran.
+
+Nothing here looks at how fast anything was.
+"""
+
+import gzip
+import importlib
+import json
+import statistics
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vkd_cache.sources import open_source
+from vkd_cache.views.decode import decode_image
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+# what each has to measure, and relate, whatever else it does
+MEASURED = {
+    "extract": ["teacher alone", "rendering alone", "extract", "publish zarr float16", "read zarr float16",
+                "publish webdataset uint8", "read webdataset uint8"],
+    "read": ["feed with cache", "feed of images", "CPU, feature path", "CPU, image path", "CPU, our pipeline",
+             "CPU, torchvision pipeline"],
+    "step": [f"{what}, {kind}" for what in ("step", "peak memory") for kind in ("cache", "plain", "live")],
+}  # fmt: skip
+RATIOS = {
+    "extract": ["extract / teacher alone", "publish zarr float16 / 30 us"],
+    "read": ["feed with cache / feed of images", "CPU of the feature path / of the image path",
+             "our pipeline / torchvision's", "bytes per view, zarr uint8 / 3.1 kB"],
+    "step": ["cache / plain", "live / cache", "peak memory, live / cache"],
+}  # fmt: skip
+REPETITIONS = 2
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_benchmark_runs_and_writes_every_repetition(name: str, tmp_path: Path) -> None:
+    output, scratch = tmp_path / "results" / f"{name}.json", tmp_path / "scratch"
+    scratch.mkdir()
+    options = ("--tiny", "--repetitions", str(REPETITIONS), "--seed", "3", "--threads", "1")
+    result = run(f"{name}.py", *options, "--output", str(output), "--scratch", str(scratch))
+    assert result.returncode == 0, result.stderr
+    assert list(scratch.iterdir()) == []
+    document = json.loads(output.read_text(encoding="utf-8"))
+    check_origin(document, name, str(tmp_path))
+    for what in MEASURED[name]:
+        found = document["measurements"][what]
+        expected = 1 if what.startswith("peak memory") else REPETITIONS
+        check_spread(found, expected)
+        assert found["unit"]
+        assert what in result.stdout
+    for what in RATIOS[name]:
+        found = document["ratios"][what]
+        check_spread(found, len(found["values"]))
+        assert what in result.stdout
+        if "numerator" in found:
+            check_pairs(found, document["measurements"])
+    if name == "step":
+        assert document["facts"]["live / cache by FLOPs alone"] > 1
+        losses = document["facts"]["loss after the timed steps"]
+        assert losses["live"] == pytest.approx(losses["cache"], rel=0.01)
+
+
+def check_origin(document: dict[str, Any], name: str, folder: str) -> None:
+    """What a reader needs to place the numbers, and nothing that only this machine knows."""
+    assert document["benchmark"] == name
+    assert document["date"].endswith("+00:00")
+    assert document["commit"] == "unknown" or len(document["commit"]) == 40
+    assert document["config"]["seed"] == 3 and document["config"]["tiny"] is True
+    assert {"torch", "pillow", "libjpeg", "vkd_cache"} <= document["versions"].keys()
+    assert {"cpu", "cores", "torch_threads"} <= document["hardware"].keys()
+    assert folder not in json.dumps(document)
+
+
+def check_spread(found: dict[str, Any], repetitions: int) -> None:
+    values = found["values"]
+    assert len(values) == repetitions
+    assert all(value > 0 for value in values)
+    assert (found["min"], found["median"], found["max"]) == (min(values), statistics.median(values), max(values))
+
+
+def check_pairs(ratio: dict[str, Any], measurements: dict[str, Any]) -> None:
+    """A ratio relates the two values of the same repetition."""
+    above, below = (measurements[ratio[side]]["values"] for side in ("numerator", "denominator"))
+    assert ratio["values"] == pytest.approx([a / b for a, b in zip(above, below, strict=True)], rel=1e-4)
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("harness")
+
+
+def test_kinds_take_turns_and_none_is_always_first(harness: ModuleType) -> None:
+    calls: list[str] = []
+
+    def kind(name: str) -> Any:
+        def call() -> float:
+            calls.append(name)
+            return float(len(calls))
+
+        return call
+
+    found = harness.interleave("test", {name: kind(name) for name in "abc"}, 3)
+    assert "".join(calls) == "abc" + "bca" + "cab"
+    assert found == {"a": [1.0, 6.0, 8.0], "b": [2.0, 4.0, 9.0], "c": [3.0, 5.0, 7.0]}
+
+
+def test_a_target_is_met_on_its_own_side(harness: ModuleType) -> None:
+    assert harness.Target(bound=1.03).met(1.03) and not harness.Target(bound=1.03).met(1.04)
+    at_least = harness.Target(bound=0.97, at_most=False)
+    assert at_least.met(0.97) and not at_least.met(0.96)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs the /proc of Linux")
+def test_peak_memory_is_not_that_of_the_process_that_started_it() -> None:
+    child = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import harness; print(harness.peak_memory_bytes())"
+    parent = (
+        "import subprocess, sys\n"
+        "ballast = b'x' * 2_000_000_000\n"
+        f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    result = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    assert 10_000_000 < int(result.stdout) < 1_900_000_000
+
+
+@pytest.fixture
+def idx_files(tmp_path: Path) -> Path:
+    """Both splits in the format of Fashion-MNIST: 2100 and 24 images."""
+    folder = tmp_path / "idx"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", 2100), ("t10k", 24)):
+        images, labels = rng.integers(0, 256, (count, 28, 28), np.uint8), (np.arange(count) % 10).astype(np.uint8)
+        packed = struct.pack(">4I", 0x803, count, 28, 28) + images.tobytes()
+        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(packed))
+        packed = struct.pack(">2I", 0x801, count) + labels.tobytes()
+        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(packed))
+    return folder
+
+
+def convert(source: Path, output: Path, *more: str) -> dict[str, bytes]:
+    result = run("fashion_mnist.py", "--input", str(source), "--output", str(output), *more)
+    assert result.returncode == 0, result.stderr
+    return {str(path.relative_to(output)): path.read_bytes() for path in sorted(output.rglob("*.tar"))}
+
+
+def test_fashion_mnist_tars_are_mixed_readable_and_reproducible(idx_files: Path, tmp_path: Path) -> None:
+    files = convert(idx_files, tmp_path / "one")
+    assert files == convert(idx_files, tmp_path / "two")
+    assert list(files) == ["train/train-000000.tar", "train/train-000001.tar", "train/train-000002.tar",
+                           "val/val-000000.tar"]  # fmt: skip
+    source = open_source(str(tmp_path / "one" / "train" / "*.tar"))
+    assert [len(shard.keys) for shard in source.shards] == [1000, 1000, 100]
+    assert source.num_classes == 10
+    assert all(len(np.unique(shard.labels)) == 10 for shard in source.shards)
+    for row in range(3):  # the key says where the sample was, so that its label can be looked up
+        assert int(source.shards[0].keys[row].rpartition("_")[2]) % 10 == source.shards[0].labels[row]
+    assert decode_image(source.read(0, 0)).size == (28, 28)
+    assert len({key for shard in source.shards for key in shard.keys}) == 2100
+
+
+def test_fashion_mnist_limit_and_a_second_run(idx_files: Path, tmp_path: Path) -> None:
+    convert(idx_files, tmp_path / "few", "--limit", "60")
+    splits = {split: open_source(str(tmp_path / "few" / split / "*.tar")) for split in ("train", "val")}
+    assert {name: len(source.shards[0].keys) for name, source in splits.items()} == {"train": 60, "val": 10}
+    again = run("fashion_mnist.py", "--input", str(idx_files), "--output", str(tmp_path / "few"))
+    assert again.returncode == 1
+    assert "holds tars already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "not there"), (b"not gzip", "not a whole gzip file"), (gzip.compress(b"\0\0\x08\x01"), "not an idx file")],
+)
+def test_fashion_mnist_input_that_is_not_one(
+    idx_files: Path, tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = idx_files / "train-images-idx3-ubyte.gz"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    result = run("fashion_mnist.py", "--input", str(idx_files), "--output", str(tmp_path / "out"))
+    assert result.returncode == 1
+    assert str(path) in result.stderr and message in result.stderr
+    assert "Traceback" not in result.stderr
