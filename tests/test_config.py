@@ -154,9 +154,13 @@ def test_pipelines_are_found_by_name_and_by_path() -> None:
 @pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("pipelines/*.toml")), ids=lambda p: p.stem)
 def test_every_pipeline_is_valid_and_opens_with_its_two_commands(path: Path) -> None:
     config = load_config(str(path))
-    assert config.source.train and config.cache.url and config.teacher.name and config.student.name
-    assert len(parse_view_range(config.views.count)) > 0
+    assert config.source.train and config.student.name
     head = path.read_text(encoding="utf-8").partition("\n[")[0]
+    if config.loss.feature_weight == config.loss.logit_weight == 0:  # a teacher in the making has no first stage
+        assert f"#     vkd-cache train {path.stem} --plain\n" in head
+        return
+    assert config.cache.url and config.teacher.name
+    assert len(parse_view_range(config.views.count)) > 0
     assert f"#     vkd-cache extract {path.stem}\n#     vkd-cache train {path.stem}\n" in head
 
 
