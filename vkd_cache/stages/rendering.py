@@ -11,7 +11,10 @@ import contextlib
 import dataclasses
 import multiprocessing
 import signal
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from multiprocessing import resource_tracker
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -203,6 +206,7 @@ def render_loader(
         pin_memory=pin_memory,
         prefetch_factor=2 if workers else None,
         multiprocessing_context=_worker_context() if workers else None,
+        worker_init_fn=_start_worker if workers else None,
     )
     with _signals_held_back():
         batches = iter(loader)
@@ -226,6 +230,16 @@ def _worker_context() -> Any:
     return context
 
 
+def _start_worker(_: int) -> None:
+    sys.excepthook = _unless_hung_up
+
+
+def _unless_hung_up(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    # of the thread that hands batches over: a main process that stops in the middle of one is no news
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
+
+
 @contextlib.contextmanager
 def _signals_held_back() -> Iterator[None]:
     """Processes started meanwhile never receive SIGINT or SIGTERM; this one does so at the end.
@@ -233,6 +247,7 @@ def _signals_held_back() -> Iterator[None]:
     Both often go to a whole process group (Ctrl-C, batch systems), and the main process decides when workers stop: it
     may need batches for a step to be finished. Workers end with it, because they watch its server.
     """
+    resource_tracker.ensure_running()  # starting it later would let the signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
