@@ -1,5 +1,6 @@
 """One conformance suite for both containers, on a local directory and behind an fsspec URL."""
 
+import fcntl
 import pickle
 import uuid
 from pathlib import Path
@@ -15,7 +16,7 @@ from vkd_cache.cache.check import check_structure
 from vkd_cache.cache.codecs import decode_node, encode_node
 from vkd_cache.cache.reader import find_cache, open_cache
 from vkd_cache.cache.schema import CODECS
-from vkd_cache.cache.storage import open_storage
+from vkd_cache.cache.storage import TEMPORARY, open_storage
 from vkd_cache.cache.units import UnitId, keys_from_columns, keys_to_columns, pack_unit, unpack_unit
 from vkd_cache.cache.writer import create_cache
 from vkd_cache.errors import (
@@ -121,6 +122,20 @@ def test_packing_is_exact_and_a_function_of_the_columns(
     assert keys_from_columns(found) == keys
 
 
+def test_a_living_writer_s_temporary_file_is_left_alone(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.prepare()
+    temporary = tmp_path / TEMPORARY / "x.tmp"
+    with temporary.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert storage.abandoned() == []
+        storage.prepare()
+        assert temporary.exists()
+    assert storage.abandoned() == [f"{TEMPORARY}/x.tmp"]  # closing the file gave the lock up
+    storage.prepare()
+    assert not temporary.exists()
+
+
 def test_a_home_folder_is_a_home_folder_without_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     open_storage("~/cache").put("a", b"x")
@@ -139,6 +154,7 @@ def test_units_grow_in_any_order(url: str, backend: str) -> None:
     assert cache.units == ((0, 0), (1, 0), (2, 0), (2, 1), (0, 2), (1, 2), (2, 2))
     assert writer.published(1) == {2}
     assert writer.published(7) == frozenset()
+    assert cache.complete_views(0) == 3
     assert cache.complete_views() == 1  # view 1 has a hole, so view 2 does not count
     assert len(cache.read(cache.units[3])) == len(cache.read(2, 1)) == len(cache.read((2, 1), verify=False)) == 7
     assert cache.read(cache.units[3]).id == cache.read(2, 1).id == (2, 1)

@@ -83,6 +83,20 @@ class Softcap(Plain):
         return 2.0 * torch.tanh(super().forward(x) / 2.0)
 
 
+class AuxiliaryAfter(Plain):
+    """A second head runs after the one whose output is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Linear(9, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features(x)
+        logits = self.last(features)
+        self.auxiliary(2 * features)
+        return logits
+
+
 class FixedSize(Plain):
     def __init__(self) -> None:
         super().__init__()
@@ -222,6 +236,12 @@ def test_plain_callable_is_tapped_before_its_last_linear_layer() -> None:
     torch.testing.assert_close(found["logits"], model(normalised).detach())
     torch.testing.assert_close(found["pooled"], model.features(normalised).detach())
     assert teacher.identity["mean"] == [0.1, 0.2, 0.3]
+
+
+def test_the_head_is_the_layer_whose_output_is_returned() -> None:
+    teacher = load("test_teachers:AuxiliaryAfter")
+    assert teacher.head is not None
+    assert torch.equal(teacher.head[0], teacher.model.last.weight)
 
 
 def test_callable_with_a_head_that_is_not_linear_stores_logits() -> None:
