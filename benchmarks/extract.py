@@ -26,7 +26,7 @@ from vkd_cache.runtime import library_versions, resolve_device, write_atomic
 from vkd_cache.sources import Source, open_source, source_identity
 from vkd_cache.stages.extract_job import ExtractJob
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, render_loader
-from vkd_cache.stages.teaching import TeacherRun, start_teacher, teacher_head
+from vkd_cache.stages.teaching import TeacherRun, start_teacher
 from vkd_cache.stages.transfer import mixed_images
 from vkd_cache.stages.units import unit_tasks
 from vkd_cache.teachers import load_teacher
@@ -107,7 +107,7 @@ class Stage:
         """The stage's own loop into a new cache, from starting the workers to the last record on disk."""
         self._caches += 1
         url = str(self._folder / f"stage-{self._caches}")
-        writer = create_cache(url, self._manifest, teacher_head(self._run.teacher))
+        writer = create_cache(url, self._manifest, self._run.teacher.head_tensors())
         job = ExtractJob(self._config, self._source, self._recipe, self._run, writer)
         with Stopwatch(self._run.device) as watch:
             job.do(self._units)
@@ -166,7 +166,7 @@ def _manifest(config: Config, source: Source, run: TeacherRun) -> Manifest:
     """As the stage plans it, without measuring a codec."""
     side = config.views.size_px
     values = run(torch.rand(2, 3, side, side, device=run.device))
-    head = teacher_head(run.teacher)
+    head = run.teacher.head_tensors()
     return Manifest(
         dataset=source_identity(source).to_json(),
         recipe=make_recipe(config.views).to_json(),

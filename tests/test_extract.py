@@ -239,7 +239,7 @@ def test_other_weights_images_and_libraries_are_refused(
 ) -> None:
     shutil.copytree(small_cache, tmp_path / "cache")
     state = torch.load(teacher_file, weights_only=True)
-    state["head.fc.bias"] += 1
+    state["fc.bias"] += 1
     torch.save(state, tmp_path / "other.pt")
     with pytest.raises(CacheMismatchError, match=r"teacher\.weights_sha256: '\w+' in the cache, '\w+' asked for"):
         run(make(teacher={"weights": str(tmp_path / "other.pt")}))

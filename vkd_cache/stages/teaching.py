@@ -88,8 +88,3 @@ def taught_batches(
     """Rendered batches with their pixels on the teacher's device, in the order of `tasks`."""
     loader = render_loader(renderer, tasks, workers=workers, pin_memory=run.device.type == "cuda")
     return ahead_on_device(loader, run.device)
-
-
-def teacher_head(teacher: Teacher) -> dict[str, torch.Tensor] | None:
-    """`weight` (K, C) and `bias` (K,) on the host, where logits are linear in `pooled`; else None."""
-    return teacher.head_tensors()
