@@ -10,10 +10,13 @@ Shape legend: b samples of a batch, H = W = the recipe's size in pixels.
 import contextlib
 import dataclasses
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
 
@@ -232,6 +235,10 @@ def _worker_context() -> Any:
 
 def _start_worker(_: int) -> None:
     sys.excepthook = _unless_hung_up
+    main_process = multiprocessing.parent_process()
+    if main_process is not None:
+        # the loader's own watch is on the server, which lives as long as a worker does: both would stay for ever
+        threading.Thread(target=_exit_after, args=(main_process,), daemon=True, name="watch").start()
 
 
 def _unless_hung_up(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -240,12 +247,17 @@ def _unless_hung_up(kind: type[BaseException], error: BaseException, trace: Trac
         sys.__excepthook__(kind, error, trace)
 
 
+def _exit_after(process: BaseProcess) -> None:
+    process.join()
+    os._exit(1)
+
+
 @contextlib.contextmanager
 def _signals_held_back() -> Iterator[None]:
     """Processes started meanwhile never receive SIGINT or SIGTERM; this one does so at the end.
 
     Both often go to a whole process group (Ctrl-C, batch systems), and the main process decides when workers stop: it
-    may need batches for a step to be finished. Workers end with it, because they watch its server.
+    may need batches for a step to be finished.
     """
     resource_tracker.ensure_running()  # starting it later would let the signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
