@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from reference import recipe
 from safetensors.torch import save_file
+from timm.layers import Format
 from torch import Tensor, nn
 
 from vkd_cache.errors import CheckpointError, ConfigError
@@ -174,6 +175,22 @@ def test_layout_is_right_where_height_equals_channels(channels_last: bool, input
     nn.init.eye_(student.projector.unconstrained)
     output = student(torch.randn(2, 3, input_px, input_px))
     assert torch.allclose(output.projected, output.logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("declared", ["NHWC", "NCHW", Format.NHWC, Format.NCHW])
+def test_a_network_that_says_its_layout_is_believed_without_a_second_run(declared: str) -> None:
+    net = MapNet(Format(declared) is Format.NHWC)
+    net.output_fmt = declared
+    runs: list[int] = []
+    net.convolution.register_forward_hook(lambda *_: runs.append(1))
+    expected = Layout.CHANNELS_LAST if net.channels_last else Layout.CHANNELS_FIRST
+    assert probe_layout(net, 32) == (expected, 4)
+    assert len(runs) == 1
+
+
+def test_a_student_is_normalised_as_its_network_is() -> None:
+    assert create_student("test_vit", 5, input_px=32).mean == (0.5, 0.5, 0.5)
+    assert create_student("deit_ti_distilled", 5, input_px=32).std == (0.229, 0.224, 0.225)
 
 
 def test_wrong_students_are_named() -> None:

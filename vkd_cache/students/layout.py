@@ -90,8 +90,9 @@ def _feature_shape(net: nn.Module, input_px: int) -> tuple[int, ...]:
 
 def _declared_layout(net: nn.Module) -> Layout | None:
     """timm's models with channels last say so in `output_fmt`."""
-    declared = str(getattr(net, "output_fmt", "")).upper()
-    return {"NHWC": Layout.CHANNELS_LAST, "NCHW": Layout.CHANNELS_FIRST}.get(declared)
+    declared = getattr(net, "output_fmt", "")
+    name = str(getattr(declared, "value", declared)).upper()  # a string, or timm's own enumeration
+    return {"NHWC": Layout.CHANNELS_LAST, "NCHW": Layout.CHANNELS_FIRST}.get(name)
 
 
 def _layout_by_width(net: nn.Module, shape: tuple[int, ...]) -> Layout | None:
