@@ -226,5 +226,5 @@ def test_views_that_are_not_complete(
     assert run_of(tiny_config, cache).views.views == [0]
     assert "not complete are not used: view 1: 4 of 5 units" in capsys.readouterr().err
     (cache / "records/view-0000/shard-000003.json").unlink()
-    with pytest.raises(IncompleteCacheError, match="no view is complete .*view 0: 4 of 5 units"):
+    with pytest.raises(IncompleteCacheError, match=r"no view is complete .*view 0: 4 of 5 units"):
         run_of(tiny_config, cache)
