@@ -156,6 +156,22 @@ def expand_home(path: str | Path) -> str:
     return os.path.expanduser(path)  # noqa: PTH111 - Path's own raises a RuntimeError where there is no such user
 
 
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far.
+
+    Linux says it per program (VmHWM); getrusage's figure would start from the launching process', which a shell script
+    or a test may have made large before this program began.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data` so that a reader, or a crash at any moment, sees the old file or the new one."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)

@@ -8,7 +8,6 @@ one step), `loop` (the steps), `checkpoints` and `journal`.
 
 import dataclasses
 import math
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 
 from vkd_cache import console
 from vkd_cache.config import Config
-from vkd_cache.runtime import JobSplit
+from vkd_cache.runtime import JobSplit, peak_memory_bytes
 from vkd_cache.stages.checkpoints import find_checkpoint
 from vkd_cache.stages.loop import Loop
 from vkd_cache.stages.ranks import process_group
@@ -84,7 +83,7 @@ def train(config: Config, split: JobSplit, *, dry_run: bool = False) -> TrainSum
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory_bytes()
     return peak + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
 
 
