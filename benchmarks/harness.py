@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -195,20 +194,6 @@ class Stopwatch:
     def _wait(self) -> None:
         if self._on_gpu:
             torch.cuda.synchronize()
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process, in host memory.
-
-    Not `ru_maxrss` where it can be avoided: on Linux that also counts the process which started this one.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def require(condition: bool, message: str) -> None:

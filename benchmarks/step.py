@@ -27,7 +27,6 @@ from harness import (
     interleave,
     parse,
     parser,
-    peak_memory_bytes,
     require,
     scratch_folder,
 )
@@ -36,7 +35,7 @@ from packing import pack_samples
 from vkd_cache.cache.reader import Unit
 from vkd_cache.cli import guarded
 from vkd_cache.config import Config, load_config
-from vkd_cache.runtime import JobSplit, resolve_device
+from vkd_cache.runtime import JobSplit, peak_memory_bytes, resolve_device
 from vkd_cache.stages.extract import extract
 from vkd_cache.stages.feed import FedBatch
 from vkd_cache.stages.learner import step_seed

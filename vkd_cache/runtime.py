@@ -6,6 +6,7 @@ The only module that reads the environment, and the only one that knows about to
 import dataclasses
 import os
 import platform
+import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -169,7 +170,8 @@ def peak_memory_bytes() -> int:
                 return int(line.split()[1]) * 1024
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def write_atomic(path: Path, data: bytes) -> None:
