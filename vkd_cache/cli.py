@@ -252,9 +252,14 @@ def demo(pipeline: str, output: str, short: bool, as_json: bool) -> int:
     """All of it on real digits, on a CPU, in minutes: teacher, cache, students, checks, one table."""
     config = _resolve(pipeline, {})
     from vkd_cache.stages.demo import demo as run
+    from vkd_cache.stages.demo_report import COLUMNS
 
-    _present("Demo", run(config, Path(output), short=short).to_json(), as_json)
-    return 0
+    report = run(config, Path(output), short=short)
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2))
+    else:
+        console.show_table(report.title, COLUMNS, report.rows())
+    return report.exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
