@@ -7,6 +7,7 @@ are always in one batch.
 Shape legend: b samples of a batch, C width of a node.
 """
 
+import contextlib
 import dataclasses
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
@@ -125,16 +126,17 @@ class Feed:
         """
         tasks = self._tasks(epoch, step, pin_memory)
         loader = render_loader(self._renderer, tasks, workers=workers, pin_memory=pin_memory)
-        for rendered in loader:
-            at_epoch, at_step, ends_epoch, nodes = self._pending.popleft()
-            if rendered.error is not None:
-                raise rendered.error
-            if rendered.broken:
-                if isinstance(self._views, CachedViews):
-                    raise self._broken_replay(rendered)
-                self._note_broken(rendered)
-                _leave_out_broken(rendered)
-            yield FedBatch(epoch=at_epoch, step=at_step, ends_epoch=ends_epoch, rendered=rendered, nodes=nodes)
+        with contextlib.closing(loader):  # so that workers stop before an error is shown
+            for rendered in loader:
+                at_epoch, at_step, ends_epoch, nodes = self._pending.popleft()
+                if rendered.error is not None:
+                    raise rendered.error
+                if rendered.broken:
+                    if isinstance(self._views, CachedViews):
+                        raise self._broken_replay(rendered)
+                    self._note_broken(rendered)
+                    _leave_out_broken(rendered)
+                yield FedBatch(epoch=at_epoch, step=at_step, ends_epoch=ends_epoch, rendered=rendered, nodes=nodes)
 
     def _tasks(self, epoch: int, step: int, pin_memory: bool) -> Iterator[RenderTask]:
         for at_epoch in range(epoch, self._schedule.epochs):

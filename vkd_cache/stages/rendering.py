@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -192,7 +192,7 @@ def pixel_versions(versions: Mapping[str, str] | None = None) -> str:
 
 def render_loader(
     renderer: Renderer, tasks: Iterable[RenderTask], *, workers: int, pin_memory: bool = False
-) -> Iterator[RenderedBatch]:
+) -> Generator[RenderedBatch, None, None]:
     """Rendered batches in the order of `tasks`, made by `workers` processes (0: by this one).
 
     `tasks` is read lazily, a few batches ahead of what has been yielded, in this process.
@@ -237,8 +237,9 @@ def _start_worker(_: int) -> None:
     sys.excepthook = _unless_hung_up
     main_process = multiprocessing.parent_process()
     if main_process is not None:
-        # the loader's own watch is on the server, which lives as long as a worker does: both would stay for ever
-        threading.Thread(target=_exit_after, args=(main_process,), daemon=True, name="watch").start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for the threads, one of which waits for it
+        for watch in (_exit_after, _exit_when_told):
+            threading.Thread(target=watch, args=(main_process,), daemon=True, name=watch.__name__).start()
 
 
 def _unless_hung_up(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -247,14 +248,22 @@ def _unless_hung_up(kind: type[BaseException], error: BaseException, trace: Trac
         sys.__excepthook__(kind, error, trace)
 
 
-def _exit_after(process: BaseProcess) -> None:
-    process.join()
+def _exit_after(main_process: BaseProcess) -> None:
+    # the loader's own watch is on the server, which lives as long as a worker does: both would stay for ever
+    main_process.join()
+    os._exit(1)
+
+
+def _exit_when_told(main_process: BaseProcess) -> None:
+    # how the main process ends its workers; from anybody else the signal was meant for the main process
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process.pid:
+        pass
     os._exit(1)
 
 
 @contextlib.contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Processes started meanwhile never receive SIGINT or SIGTERM; this one does so at the end.
+    """Processes started meanwhile do not end by SIGINT or SIGTERM; this one receives what came at the end.
 
     Both often go to a whole process group (Ctrl-C, batch systems), and the main process decides when workers stop: it
     may need batches for a step to be finished.
