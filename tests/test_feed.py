@@ -169,7 +169,7 @@ def test_broken_images_are_left_out(tiny_config: Build, damaged_tree: Path, tmp_
             planned += places(batch)
             assert len(batch.pixels) == len(batch.rendered.label) == len(batch.rendered.mix.partner) == len(batch)
             assert (batch.rendered.mix.partner < max(len(batch), 1)).all()
-        assert feed.num_broken == 5
+        assert len(feed.broken) == 5
     assert len(set(cached)) == len(cached) == 198
     assert set(planned) <= set(cached) and len(planned) > 198 - 6
 

@@ -77,7 +77,11 @@ class FedBatch:
 
 
 class Feed:
-    """All batches of one rank from a given step on; a context manager, because it holds a reading thread."""
+    """All batches of one rank from a given step on; a context manager, because it holds a reading thread.
+
+    Attributes:
+        broken: keys of the broken images that this rank has met; a cache's are left out before.
+    """
 
     def __init__(self, renderer: Renderer, views: Views, schedule: Schedule, nodes: Sequence[str] = ()) -> None:
         self._renderer = renderer
@@ -85,7 +89,7 @@ class Feed:
         self._schedule = schedule
         self._nodes = tuple(nodes)
         self._open: OrderedDict[tuple[int, int], Future[ShardView]] = OrderedDict()
-        self._broken: set[str] = set()
+        self.broken: set[str] = set()
         self._pending: deque[tuple[int, int, bool, dict[str, torch.Tensor]]] = deque()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="units")
 
@@ -94,11 +98,6 @@ class Feed:
 
     def __exit__(self, *_: object) -> None:
         self._reader.shutdown(cancel_futures=True)
-
-    @property
-    def num_broken(self) -> int:
-        """Broken images left out so far: those that the cache records, or those that this rank met."""
-        return max(self._views.num_broken, len(self._broken))
 
     def view_of(self, epoch: int) -> int:
         """The view that an epoch shows: the views take turns."""
@@ -211,9 +210,9 @@ class Feed:
         """Remember each broken image, and say of the first few that they are left out."""
         for number, (_, reason) in enumerate(rendered.broken):
             key = self._key(rendered, number)
-            if key not in self._broken and len(self._broken) < SHOWN_BROKEN:
+            if key not in self.broken and len(self.broken) < SHOWN_BROKEN:
                 console.warn(f"{self._renderer.source.location}: '{key}' is broken ({reason}) and left out")
-            self._broken.add(key)
+            self.broken.add(key)
 
     def _key(self, rendered: RenderedBatch, number: int) -> str:
         position = rendered.broken[number][0]

@@ -9,6 +9,7 @@ Shape legend: b samples of a batch.
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,6 +95,8 @@ class Learner:
         if self._config.train.compile:
             model = torch.compile(model)  # type: ignore[assignment]
         if world > 1:
+            # a token that is expanded over the batch has such a gradient; nobody can do anything about it
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             ids = [self._device.index] if self._device.type == "cuda" else None
             model = nn.parallel.DistributedDataParallel(model, device_ids=ids)
         return model

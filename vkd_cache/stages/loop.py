@@ -25,6 +25,7 @@ from vkd_cache.stages.checkpoints import BEST, LAST, check_same_run, read_checkp
 from vkd_cache.stages.feed import FedBatch
 from vkd_cache.stages.journal import CURVES_NAME, LOG_NAME, Journal, draw_curves, read_log
 from vkd_cache.stages.learner import step_seed
+from vkd_cache.stages.ranks import union
 from vkd_cache.stages.run import Run
 from vkd_cache.stages.standing import LossWindow, Standing, not_finite
 from vkd_cache.stages.stopping import Stopped, StopSignals
@@ -37,7 +38,7 @@ class Loop:
 
     Attributes:
         standing: how far the run has come.
-        num_broken: broken images that were left out.
+        num_broken: broken images that were left out, on all ranks; known when `go` is done.
     """
 
     def __init__(self, run: Run, supply: Supply) -> None:
@@ -47,15 +48,11 @@ class Loop:
         self._feed = run.feed(supply)
         self._output = Path(run.config.train.output)
         self.standing = Standing()
+        self.num_broken = 0
         self._window = LossWindow(run.split, run.device)
         self._lr = 0.0
         self._clock, self._samples = time.monotonic(), 0  # since the last log line
         self._stop = StopSignals(run.split, run.device, run.config.train.log_every)
-
-    @property
-    def num_broken(self) -> int:
-        """See `Feed.num_broken`."""
-        return self._feed.num_broken
 
     def resume(self, path: Path) -> None:
         """Continue at the step after the one that `path` was written at.
@@ -88,6 +85,7 @@ class Loop:
         with self._feed, self._stop, self._journal() as journal, console.track("train", total, "steps") as progress:
             progress.advance(self.standing.step)
             stopped = self._train(journal, progress, total)
+            self.num_broken = max(self._run.views.num_broken, len(union(self._feed.broken, self._run.split)))
         if self._leads and not stopped:
             name = self._run.config.student.name
             draw_curves(

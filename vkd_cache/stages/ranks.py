@@ -45,3 +45,12 @@ def broadcast_first(values: Iterable[Tensor]) -> None:
     """Give every rank the first rank's `values`, in place."""
     for value in values:
         dist.broadcast(value, src=0)
+
+
+def union(values: set[str], split: JobSplit) -> set[str]:
+    """The values of all ranks together."""
+    if split.count == 1:
+        return values
+    parts: list[set[str]] = [set()] * split.count
+    dist.all_gather_object(parts, values)
+    return set().union(*parts)

@@ -78,7 +78,8 @@ def train(config: Config, split: JobSplit, *, dry_run: bool = False) -> TrainSum
         peak_memory_bytes=_peak_memory_bytes(run.device),
         output=config.train.output,
     )
-    _say_summary(summary)
+    if split.index == 0:
+        _say_summary(summary)
     return summary
 
 
