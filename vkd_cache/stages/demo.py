@@ -32,8 +32,8 @@ from vkd_cache.stages.journal import LOG_NAME, read_log
 
 NUM_SEEDS = 3
 SHORT_TEACHER_EPOCHS = 4
-SHORT_EPOCHS = 8
-SHORT_VIEWS = 2
+SHORT_EPOCHS = 12
+SHORT_VIEWS = 4
 MARK_NAME = ".vkd-cache-demo"  # says that what lies beside it may be replaced
 _OURS = ("data", "teacher", "cache", "students", CURVES_NAME, "index.html", "report.json")
 
@@ -57,13 +57,16 @@ def demo(config: Config, output: Path, *, short: bool = False) -> DemoReport:
     _prepare(output)
     with fresh_processes() as processes:
         data = write_digits(output / "data")
-        console.say(f"digits: {data.num_train} + {data.num_val} JPEGs and {data.num_shards} tars in {output / 'data'}")
+        console.say(
+            f"digits: {data.num_train} JPEGs to train on, {data.num_val} to be judged by, and {data.num_in_tars} of "
+            f"the first as tar shards, in {output / 'data'}"
+        )
         config = _placed(_shortened(config) if short else config, data, output)
         teacher_config = _teacher_config(config, data, output, short)
         console.say(f"teacher: {config.teacher.name}, {teacher_config.train.epochs} epochs, without distillation")
         teacher = processes(fit_teacher, teacher_config)
         views = parse_view_range(config.views.count)
-        console.say(f"cache: {len(views)} views of the {data.num_in_tars} images in the tars")
+        console.say(f"cache: {len(views)} views of the {data.num_in_tars} images in the shards")
         extraction = processes(fill_cache, config)
         students = _students(processes, config, 1 if short else NUM_SEEDS)
         check = processes(check_cache, config)
@@ -108,10 +111,15 @@ def _prepare(output: Path) -> None:
 
 
 def _shortened(config: Config) -> Config:
+    scale = SHORT_EPOCHS / config.train.epochs
+    train = dataclasses.replace(
+        config.train,
+        epochs=SHORT_EPOCHS,
+        warmup_epochs=config.train.warmup_epochs * scale,
+        eval_every=SHORT_EPOCHS // 2,
+    )
     return dataclasses.replace(
-        config,
-        views=dataclasses.replace(config.views, count=str(SHORT_VIEWS)),
-        train=dataclasses.replace(config.train, epochs=SHORT_EPOCHS, eval_every=SHORT_EPOCHS // 2),
+        config, views=dataclasses.replace(config.views, count=str(SHORT_VIEWS)), train=train
     )
 
 

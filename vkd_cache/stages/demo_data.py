@@ -1,10 +1,10 @@
 """The data set of the demo: scikit-learn's 1,797 scanned digits, as files that any data set might come in.
 
     data/train/<digit>/0042.jpg, data/val/<digit>/0007.jpg    a folder of classes
-    data/shards/train-000.tar ...                             an eighth of the training images, as WebDataset tars
+    data/shards/train-000.tar                                 64 of the training images, as a WebDataset tar
 
-The teacher learns from the folder, the students from the tars: with the few images they get, a teacher that saw more
-has something to tell them.
+The teacher learns from the folder, the students from the tar: a student that has seen six of each digit can be told
+something by a teacher that has seen a hundred.
 
 A newcomer's trap: the images come in the order of the people who wrote them, so the split and the tars follow a seeded
 permutation instead.
@@ -23,7 +23,7 @@ from PIL import Image
 from vkd_cache.errors import ConfigError
 
 NUM_TRAIN = 1000
-NUM_IN_TARS = 128
+NUM_IN_TARS = 64
 TAR_SAMPLES = 64
 SIDE_PX = 32  # scanned at 8 x 8, enlarged so that crops and patches have something to cut
 JPEG_QUALITY = 90
@@ -38,7 +38,7 @@ class DemoData:
         tree: folder with train/ and val/.
         tars: pattern of the tar shards.
         num_train, num_val: images of each split in the tree.
-        num_in_tars, num_shards: images of the training split that are in the tars too, and tars.
+        num_in_tars: images of the training split that are in the tars too.
     """
 
     tree: str
@@ -46,7 +46,6 @@ class DemoData:
     num_train: int
     num_val: int
     num_in_tars: int
-    num_shards: int
 
 
 def write_digits(folder: Path) -> DemoData:
@@ -80,7 +79,6 @@ def write_digits(folder: Path) -> DemoData:
         num_train=NUM_TRAIN,
         num_val=len(images) - NUM_TRAIN,
         num_in_tars=NUM_IN_TARS,
-        num_shards=len(starts),
     )
 
 
