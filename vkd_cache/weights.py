@@ -20,6 +20,7 @@ from torch import Tensor
 from vkd_cache.errors import CheckpointError, TeacherError
 from vkd_cache.runtime import expand_home
 
+CHECKPOINT_FORMAT = "vkd-cache checkpoint"  # what the entry `format` of a training checkpoint of ours says
 WEIGHT_ENTRIES = ("student", "model", "state_dict")
 _WRAPPERS = ("module.", "_orig_mod.")  # left by DistributedDataParallel and averages, and by torch.compile
 _UPDATE_COUNT = "n_averaged"  # torch's AveragedModel counts its updates among the weights

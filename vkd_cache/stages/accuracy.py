@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from vkd_cache import console
@@ -30,9 +31,6 @@ from vkd_cache.stages.transfer import ahead_on_device, mixed_images
 from vkd_cache.students import Student
 from vkd_cache.views.blend import normalise
 from vkd_cache.views.recipe import RECIPES, Recipe
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _SHOWN_BROKEN = 3
 
@@ -129,7 +127,7 @@ def accuracy_of(
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     """(b, K) logits of images (b, 3, H, W) in [0, 1]."""
     network = model.net if isinstance(model, Student) else model  # a student's projector is not needed here
-    mean, std = getattr(model, "mean", IMAGENET_MEAN), getattr(model, "std", IMAGENET_STD)
+    mean, std = getattr(model, "mean", IMAGENET_DEFAULT_MEAN), getattr(model, "std", IMAGENET_DEFAULT_STD)
     with torch.no_grad():
         logits: Tensor = network(normalise(images, mean, std))
     return logits

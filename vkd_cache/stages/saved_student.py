@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vkd_cache.config import Config
 from vkd_cache.errors import CheckpointError, ConfigError
-from vkd_cache.stages.checkpoints import FORMAT
 from vkd_cache.students import Student, create_student
 from vkd_cache.students.checkpoint import WEIGHT_ENTRIES, load_student_weights, read_torch_file
+from vkd_cache.weights import CHECKPOINT_FORMAT
 
 _CLASSIFIERS = ("head", "fc", "head.fc", "classifier")  # where timm's networks, and the authors', keep theirs
 
@@ -34,7 +34,7 @@ def load_student(where: str, config: Config, num_classes: int, *, ema: bool = Fa
     """
     state = read_torch_file(where)
     wanted, side_px = config.student.name, config.views.size_px
-    if state.get("format") == FORMAT:
+    if state.get("format") == CHECKPOINT_FORMAT:
         found, side_px, num_classes = _own_settings(state, where)
         if wanted and wanted != found:
             raise CheckpointError(f"{where}: holds a '{found}', this run asks for '{wanted}'. Leave --student out.")

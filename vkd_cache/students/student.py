@@ -8,14 +8,12 @@ Shapes: B batch, C student width, K classes, Ct teacher width, H/W of the input.
 
 from typing import NamedTuple
 
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from vkd_cache.errors import ConfigError
 from vkd_cache.projector import OrthogonalProjector
 from vkd_cache.students.layout import mean_features, num_prefix_tokens, probe_layout
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class StudentOutput(NamedTuple):
@@ -51,8 +49,8 @@ class Student(nn.Module):
         super().__init__()
         self.net = net
         settings = getattr(net, "pretrained_cfg", None) or {}
-        self.mean = tuple(float(value) for value in settings.get("mean", IMAGENET_MEAN))
-        self.std = tuple(float(value) for value in settings.get("std", IMAGENET_STD))
+        self.mean = tuple(float(value) for value in settings.get("mean", IMAGENET_DEFAULT_MEAN))
+        self.std = tuple(float(value) for value in settings.get("std", IMAGENET_DEFAULT_STD))
         self.num_classes = int(getattr(net, "num_classes", 0))
         self.input_px = input_px
         self.projector: OrthogonalProjector | None = None

@@ -15,14 +15,12 @@ from typing import Any
 
 import timm
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from vkd_cache.config import TeacherConfig
 from vkd_cache.errors import TeacherError
 from vkd_cache.teachers.weights import State, load_weights, mismatches, read_weights
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _CALLABLE = re.compile(r"(?P<module>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<attribute>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)")
 
@@ -196,8 +194,8 @@ def _with_settings(model: nn.Module, config: TeacherConfig, view_px: int) -> Bui
     return BuiltTeacher(
         model=model,
         input_px=config.input_px or native or view_px,
-        mean=_triple(getattr(model, "mean", None)) or _triple(cfg.get("mean")) or IMAGENET_MEAN,
-        std=_triple(getattr(model, "std", None)) or _triple(cfg.get("std")) or IMAGENET_STD,
+        mean=_triple(getattr(model, "mean", None)) or _triple(cfg.get("mean")) or IMAGENET_DEFAULT_MEAN,
+        std=_triple(getattr(model, "std", None)) or _triple(cfg.get("std")) or IMAGENET_DEFAULT_STD,
     )
 
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vkd_cache.errors import TeacherError
-from vkd_cache.weights import bare_tensors, innermost, misfits, read_weights_file
+from vkd_cache.weights import CHECKPOINT_FORMAT, bare_tensors, innermost, misfits, read_weights_file
 
 State = dict[str, Tensor]
 
-OWN_FORMAT = "vkd-cache checkpoint"
 _NETWORK = "net."  # where a student keeps the network; its projector lies beside it
 _COUNTERS = "num_batches_tracked"  # of batch norm: never used in evaluation, absent from old files
 
@@ -32,7 +31,7 @@ def read_weights(path: str) -> State:
     """
     document = read_weights_file(path, TeacherError)
     state = bare_tensors(innermost(document), path, TeacherError)
-    if document.get("format") == OWN_FORMAT:
+    if document.get("format") == CHECKPOINT_FORMAT:
         state = {name.removeprefix(_NETWORK): value for name, value in state.items() if name.startswith(_NETWORK)}
     if not state:
         raise TeacherError(f"{path}: holds no weights, expected a state dict (names to tensors).")
