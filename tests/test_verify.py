@@ -239,10 +239,11 @@ def test_findings_are_counted_beyond_those_kept(tiny_config: MakeConfig, cache: 
 
 
 def test_worker_processes_find_the_same(tiny_config: MakeConfig, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vkd_cache.stages.verify_pixels._FEW_VIEWS", 0)
-    report = check(tiny_config(extract={"workers": 1}), cache, teacher=False)
+    for level in ("pixels", "teacher"):
+        monkeypatch.setattr(f"vkd_cache.stages.verify_{level}.FEW_VIEWS", 0)
+    report = check(tiny_config(extract={"workers": 1}), cache)
     assert report.to_json()["findings"] == []
-    assert report.levels[1].checked == 2 * NUM_TRAIN
+    assert [level.checked for level in report.levels[1:]] == [2 * NUM_TRAIN] * 2
 
 
 def test_the_command_says_it_with_its_exit_code(

@@ -15,11 +15,11 @@ from vkd_cache.cache.reader import open_cache
 from vkd_cache.config import Config
 from vkd_cache.errors import ConfigError
 from vkd_cache.metrics import TopK
-from vkd_cache.runtime import JobSplit, resolve_device
+from vkd_cache.runtime import JobSplit
 from vkd_cache.sources import Source, open_source, validation_beside
 from vkd_cache.stages.accuracy import EvalResult, accuracy_of, eval_result, summed_counts
 from vkd_cache.stages.cached_accuracy import count_cached
-from vkd_cache.stages.ranks import process_group
+from vkd_cache.stages.ranks import process_group, take_device
 from vkd_cache.stages.saved_student import load_student
 from vkd_cache.teachers import Teacher, load_teacher
 
@@ -51,7 +51,7 @@ def evaluate(config: Config, request: EvalRequest, split: JobSplit) -> list[Eval
     """
     if not (request.checkpoint or request.teacher or request.cache):
         raise ConfigError("nothing to evaluate: give --checkpoint FILE, --teacher or --cache.")
-    device = torch.device(resolve_device(config.eval.device, split.local_index))
+    device = take_device(config.eval.device, split.local_index)
     results: list[EvalResult] = []
     with process_group(split, device):
         if request.checkpoint or request.teacher:

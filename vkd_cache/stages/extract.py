@@ -11,8 +11,6 @@ import json
 import time
 from datetime import UTC, datetime
 
-import torch
-
 from vkd_cache import console
 from vkd_cache.cache.reader import Cache, find_cache
 from vkd_cache.cache.schema import Manifest
@@ -20,10 +18,11 @@ from vkd_cache.cache.units import UnitId
 from vkd_cache.cache.writer import CacheWriter, create_cache
 from vkd_cache.config import Config, config_to_json, parse_view_range
 from vkd_cache.errors import ConfigError
-from vkd_cache.runtime import JobSplit, hardware, library_versions, resolve_device
+from vkd_cache.runtime import JobSplit, hardware, library_versions
 from vkd_cache.sources import open_source
 from vkd_cache.stages.extract_job import ExtractJob, ExtractSummary
 from vkd_cache.stages.extract_plan import ExtractPlan
+from vkd_cache.stages.ranks import take_device
 from vkd_cache.stages.teaching import TeacherRun, start_teacher
 from vkd_cache.stages.units import units_of_worker
 from vkd_cache.teachers import load_teacher
@@ -42,9 +41,7 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
     source = open_source(config.source.train, split="train", shard_size=config.source.shard_size)
     recipe = make_recipe(config.views)
     existing = find_cache(config.cache.url)
-    device = torch.device(resolve_device(config.extract.device, split.local_index))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # streams and events are those of the current device
+    device = take_device(config.extract.device, split.local_index)
     teacher = load_teacher(
         config.teacher, nodes=config.cache.nodes, num_classes=source.num_classes, view_px=recipe.size_px
     )

@@ -14,10 +14,11 @@ from vkd_cache.cache.reader import Cache, find_cache, open_cache
 from vkd_cache.config import Config, ViewsConfig, parse_view_range
 from vkd_cache.errors import CacheMismatchError, ConfigError, IncompleteCacheError
 from vkd_cache.normalisation import Whitening
-from vkd_cache.runtime import JobSplit, resolve_device
+from vkd_cache.runtime import JobSplit, expand_home
 from vkd_cache.sources import Source, open_source, source_identity, validation_beside
 from vkd_cache.stages.feed import Feed, Schedule
 from vkd_cache.stages.learner import Learner
+from vkd_cache.stages.ranks import take_device
 from vkd_cache.stages.rendering import Renderer
 from vkd_cache.stages.supply import CachedTeacher, LiveTeacher, NoTeacher, Supply, whitening_of_cache
 from vkd_cache.stages.unit_views import CachedViews, PlannedViews, Views
@@ -48,6 +49,11 @@ class Run:
         if self.cache is None:
             raise ConfigError("[cache] url is empty: give --cache or set it in the pipeline file.")
         return self.cache
+
+    @property
+    def output(self) -> Path:
+        """Directory of what the run leaves."""
+        return Path(expand_home(self.config.train.output))
 
     @property
     def source_hash(self) -> str:
@@ -148,7 +154,7 @@ def prepare_run(config: Config, split: JobSplit) -> Run:
         IncompleteCacheError: not one view of the cache is complete.
     """
     _check_config(config)
-    device = torch.device(resolve_device(config.train.device, split.local_index))
+    device = take_device(config.train.device, split.local_index)
     cache = _open_cache(config)
     source = open_source(config.source.train, split="train", shard_size=shard_size_of(config, cache))
     if cache is None:

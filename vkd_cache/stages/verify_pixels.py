@@ -27,7 +27,7 @@ from vkd_cache.views.recipe import Recipe
 PARAM_COLUMNS = tuple(params_to_columns([], 0))
 
 _BATCH = 64  # views per render task
-_FEW_VIEWS = 512  # rendered here before worker processes would have started
+FEW_VIEWS = 512  # rendered here before worker processes would have started
 
 
 class PixelCheck:
@@ -44,7 +44,7 @@ class PixelCheck:
     def run(self, chosen: Mapping[UnitId, npt.NDArray[np.int64]], workers: int) -> None:
         """Check `chosen` (rows of the source shards by unit) with `workers` processes."""
         total = sum(map(len, chosen.values()))
-        loader = render_loader(self._renderer, self._tasks(chosen), workers=workers if total > _FEW_VIEWS else 0)
+        loader = render_loader(self._renderer, self._tasks(chosen), workers=workers if total > FEW_VIEWS else 0)
         with console.track("verify pixels", total, "views") as progress:
             for batch in loader:
                 task, unit = self._under_way.popleft()

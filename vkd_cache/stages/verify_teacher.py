@@ -19,12 +19,12 @@ from vkd_cache import console
 from vkd_cache.cache.reader import MANIFEST_PATH, Cache, Unit
 from vkd_cache.cache.units import UnitId, unit_path
 from vkd_cache.config import Config, TeacherConfig
-from vkd_cache.runtime import resolve_device
 from vkd_cache.sources import Source
+from vkd_cache.stages.ranks import take_device
 from vkd_cache.stages.rendering import Renderer, RenderTask, render_loader
 from vkd_cache.stages.teaching import TeacherRun, start_teacher
 from vkd_cache.stages.transfer import ahead_on_device, mixed_images
-from vkd_cache.stages.verify_pixels import PARAM_COLUMNS
+from vkd_cache.stages.verify_pixels import FEW_VIEWS, PARAM_COLUMNS
 from vkd_cache.stages.verify_sample import Level
 from vkd_cache.teachers import load_teacher
 from vkd_cache.views.params import MixPlan
@@ -61,9 +61,11 @@ def check_teacher(
     under_way: deque[list[_Part]] = deque()
     tasks = _tasks(cache, chosen, run.batch_size, under_way)
     renderer = Renderer(source, recipe, cache.manifest.seed)
-    pin = run.device.type == "cuda"
-    with console.track("verify teacher", sum(map(len, chosen.values())), "views") as progress:
-        for batch, pixels in ahead_on_device(render_loader(renderer, tasks, workers=0, pin_memory=pin), run.device):
+    total = sum(map(len, chosen.values()))
+    workers = config.extract.workers if total > FEW_VIEWS else 0
+    loader = render_loader(renderer, tasks, workers=workers, pin_memory=run.device.type == "cuda")
+    with console.track("verify teacher", total, "views") as progress:
+        for batch, pixels in ahead_on_device(loader, run.device):
             parts = under_way.popleft()
             if batch.error is not None or batch.broken:
                 reason = str(batch.error) if batch.error is not None else f"broken image: {batch.broken[0][1]}"
@@ -105,7 +107,7 @@ def _start(cache: Cache, config: Config, level: Level) -> TeacherRun | None:
         channels_last=bool(numerics["channels_last"]),
         compile=bool(numerics["compiled"]),
     )
-    run = start_teacher(teacher, run_as, torch.device(resolve_device(config.extract.device)))
+    run = start_teacher(teacher, run_as, take_device(config.extract.device))
     if run.device.type != numerics["device"]:
         level.note(MANIFEST_PATH, f"the teacher runs on {run.device.type} here, it ran on {numerics['device']} then.")
     return run
