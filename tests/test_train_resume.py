@@ -69,7 +69,7 @@ def whole(tiny_config: Build, small_cache: Path, tmp_path_factory: pytest.TempPa
     return output
 
 
-@settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(forward=st.integers(1, 11), number=st.sampled_from([signal.SIGTERM, signal.SIGINT]))
 def test_a_signal_at_any_batch(
     tiny_config: Build,
@@ -227,6 +227,11 @@ def test_changes_are_refused_with_both_values(
     # where things are, how many workers there are, and what is written may change
     free = {"workers": 1, "log_every": 3, "checkpoint_every": 0, "digest_check": 0.0}
     assert run(config_of(tiny_config, small_cache, output, resume="auto", **free)).steps == STEPS
+    # so may the first stage, of which the cache's fingerprint tells all that matters
+    settings = TRAIN | {"output": str(output), "resume": "auto"}
+    first_stage = {"teacher": {"name": "gone", "weights": "gone.pt"}, "extract": {"batch_size": 2}}
+    cache = {"url": str(small_cache), "dtype": "float32", "nodes": ["logits"]}
+    assert run(tiny_config(cache=cache, train=settings, **first_stage, **SECTIONS)).steps == STEPS
     # other data under the same configuration
     plain = {"feature_weight": 0.0, "logit_weight": 0.0}
     short = {"epochs": 1, "batch_size": 64, "resume": "auto", "output": str(tmp_path / "plain")}
@@ -271,6 +276,36 @@ def test_a_cache_that_grew_or_shrank(
     (cache / "records/view-0000/shard-000000.json").unlink()
     with pytest.raises(IncompleteCacheError, match=re.escape("was made with views 0, 1; of these 0 are not complete")):
         run(config_of(tiny_config, cache, output, resume="auto", **train))
+
+
+def test_whitening_stays_that_of_the_first_view_it_began_with(
+    tiny_config: Build, small_cache: Path, tmp_path: Path
+) -> None:
+    cache, output = tmp_path / "cache", tmp_path / "run"
+    shutil.copytree(small_cache, cache)
+    (cache / "records/view-0000").rename(tmp_path / "view-0000")
+
+    def config(output: Path) -> Config:
+        settings = {"epochs": 2, "batch_size": 100, "output": str(output), "resume": "auto"}
+        return tiny_config(cache={"url": str(cache)}, loss={"normalisation": "whiten"}, train=settings)
+
+    run(config(tmp_path / "alone"))
+    with signal_when(is_student, signal.SIGTERM):
+        run(config(output))
+    (tmp_path / "view-0000").rename(cache / "records/view-0000")
+    run(config(output))
+    assert_same_run(tmp_path / "alone", output)
+
+
+def test_the_home_folder_is_found(
+    tiny_config: Build, small_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipeline file, and `--output=~/runs`, reach us as they are."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    first = run(config_of(tiny_config, small_cache, Path("~/run"), epochs=1))
+    assert {path.name for path in (tmp_path / "run").glob("*.pt")} == {"last.pt", "best.pt"}
+    for resume in ("auto", "~/run/last.pt"):
+        assert run(config_of(tiny_config, small_cache, Path("~/run"), epochs=1, resume=resume)).steps == first.steps
 
 
 def test_files_that_are_not_checkpoints_of_ours(

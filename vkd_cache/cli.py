@@ -4,7 +4,7 @@ A newcomer's trap: nothing here may import torch or numpy at the top, so stages 
 `vkd-cache --help` answers at once. An option that overrides a field of the configuration takes its type, choices and
 help from that field (`setting`); the few that are not fields say what this one run does (`--dry-run`, `--json`).
 
-Exit codes: 0 done, 1 error, 2 usage or configuration, 3 some units failed, 130 interrupted.
+Exit codes: 0 done, 1 error, 2 usage or configuration, 3 some units failed or are not sound, 130 interrupted.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import click
 from vkd_cache import __version__, console
 from vkd_cache.config import SECTIONS, Config, find_pipeline, load_config
 from vkd_cache.errors import ConfigError, VkdCacheError
-from vkd_cache.runtime import JobSplit, job_split, rank_split
+from vkd_cache.runtime import JobSplit, expand_home, job_split, rank_split
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -254,7 +254,7 @@ def demo(pipeline: str, output: str, short: bool, as_json: bool) -> int:
     from vkd_cache.stages.demo import demo as run
     from vkd_cache.stages.demo_report import COLUMNS
 
-    report = run(config, Path(output), short=short)
+    report = run(config, Path(expand_home(output)), short=short)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
     else:

@@ -12,10 +12,10 @@ import torch
 
 from vkd_cache.config import Config, config_to_json
 from vkd_cache.errors import CheckpointError, ConfigError
-from vkd_cache.runtime import write_atomic
+from vkd_cache.runtime import expand_home, write_atomic
 from vkd_cache.students.checkpoint import read_torch_file
+from vkd_cache.weights import CHECKPOINT_FORMAT
 
-FORMAT = "vkd-cache checkpoint"
 VERSION = 1
 LAST, BEST = "last.pt", "best.pt"
 
@@ -27,12 +27,13 @@ FREE_FIELDS = {
     "source": {"train", "val"},
     "cache": {"url"},
 }
+FIRST_STAGE = ("teacher", "cache", "extract")  # without a live teacher they matter by the cache's fingerprint alone
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path` atomically, marked as ours."""
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "version": VERSION} | state, buffer)
+    torch.save({"format": CHECKPOINT_FORMAT, "version": VERSION} | state, buffer)
     write_atomic(path, buffer.getvalue())
 
 
@@ -43,7 +44,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: not readable, or not one of ours.
     """
     state = read_torch_file(path)
-    if state.get("format") != FORMAT:
+    if state.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(
             f"{path}: not a training checkpoint of vkd-cache (found keys {', '.join(sorted(map(str, state))[:6])}), "
             "so training cannot continue from it. Give the last.pt of a run, or leave --resume out."
@@ -60,10 +61,10 @@ def find_checkpoint(config: Config) -> Path | None:
         CheckpointError: a file that does not exist.
         ConfigError: the output holds a run, and nothing says whether to continue it.
     """
-    last = Path(config.train.output) / LAST
+    last = Path(expand_home(config.train.output)) / LAST
     if config.train.resume == "auto":
         return last if last.is_file() else None
-    path = Path(config.train.resume) if config.train.resume else None
+    path = Path(expand_home(config.train.resume)) if config.train.resume else None
     if path is not None and not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint. Give a last.pt, or auto to use the one in --output.")
     if path is not None and path.resolve().parent == last.parent.resolve():
@@ -88,7 +89,10 @@ def check_same_run(path: Path, state: dict[str, Any], config: Config, identity: 
         CheckpointError: every differing field with both values.
     """
     differences = []
+    ignored = () if config.train.live_teacher else FIRST_STAGE
     for section, fields in config_to_json(config).items():
+        if section in ignored:
+            continue
         before = state["config"].get(section, {})
         differences += [
             f"  [{section}] {name}: {before.get(name)!r} in the checkpoint, {value!r} now"

@@ -41,33 +41,37 @@ class Loop:
         num_broken: broken images that were left out, on all ranks; known when `go` is done.
     """
 
-    def __init__(self, run: Run, supply: Supply) -> None:
+    def __init__(self, run: Run, supply: Supply, checkpoint: Path | None = None) -> None:
+        """`checkpoint`: continue at the step after the one that it was written at.
+
+        Raises:
+            CheckpointError: it was made by another run: configuration, data, cache or number of processes differ.
+            IncompleteCacheError: views that it was trained with are gone.
+        """
         self._run = run
         self._supply = supply
-        self._learner = run.learner(supply)
+        state = self._checked_state(checkpoint) if checkpoint is not None else None
+        self._learner = run.learner(supply)  # after the checkpoint has said which views: whitening looks at the first
         self._feed = run.feed(supply)
-        self._output = Path(run.config.train.output)
+        self._output = run.output
         self.standing = Standing()
         self.num_broken = 0
         self._window = LossWindow(run.split, run.device)
         self._lr = 0.0
         self._clock, self._samples = time.monotonic(), 0  # since the last log line
         self._stop = StopSignals(run.split, run.device, run.config.train.log_every)
+        if state is not None:
+            self._learner.load_state(state)
+            self.standing = Standing(**state["standing"])
+            self._window.load(state["window"])
+            console.say(f"train: continuing at step {self.standing.step + 1} from {checkpoint}")
 
-    def resume(self, path: Path) -> None:
-        """Continue at the step after the one that `path` was written at.
-
-        Raises:
-            CheckpointError: it was made by another run: configuration, data, cache or number of processes differ.
-            IncompleteCacheError: views that it was trained with are gone.
-        """
+    def _checked_state(self, path: Path) -> dict[str, Any]:
+        """The state in a checkpoint of this very run, whose views the run takes over."""
         state = read_checkpoint(path)
         check_same_run(path, state, self._run.config, self._identity())
         self._run.use_views(state["views"], path)
-        self._learner.load_state(state)
-        self.standing = Standing(**state["standing"])
-        self._window.load(state["window"])
-        console.say(f"train: continuing at step {self.standing.step + 1} from {path}")
+        return state
 
     def go(self) -> bool:
         """Train to the end, or to a signal; True when a signal stopped it.

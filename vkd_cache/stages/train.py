@@ -64,9 +64,7 @@ def train(config: Config, split: JobSplit, *, dry_run: bool = False) -> TrainSum
     if dry_run:
         return _dry_run(run, checkpoint)
     with process_group(split, run.device):
-        loop = Loop(run, run.supply(live=config.train.live_teacher))
-        if checkpoint is not None:
-            loop.resume(checkpoint)
+        loop = Loop(run, run.supply(live=config.train.live_teacher), checkpoint)
         interrupted = loop.go()
     summary = TrainSummary(
         steps=loop.standing.step,
