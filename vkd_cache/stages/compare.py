@@ -30,6 +30,8 @@ from vkd_cache.stages.run import Run, prepare_run
 from vkd_cache.stages.supply import LiveTeacher, Supply
 from vkd_cache.stages.transfer import ahead_on_device, mixed_images
 
+_SAME_TEACHER = ("weights_sha256", "input_px", "mean", "std", "interpolation")  # what makes it one function
+
 # largest relative gap of a loss term at any step, by codec (the contract's targets)
 BOUNDS = {"float32": 1e-3, "float16": 1e-3, "bfloat16": 5e-3, "sqrt_uint8": 5e-3, "token_int8": 5e-3}
 
@@ -43,8 +45,9 @@ class CompareReport:
         codecs: codec of each node of the cache.
         bound: largest relative loss gap allowed at any step.
         lockstep: per loss term, |cached - live| / |live| of each step.
-        gradient: |g_cached - g_live| / |g_live| of each step, over all parameters.
-        gradient_cosine: cosine between both gradients, of each step.
+        gradient: |g_cached - g_live| / |g_live| of each step, over all parameters; without the steps that fp16's
+            scaler skips because a gradient overflows.
+        gradient_cosine: cosine between both gradients, of the same steps.
         cached, live: loss terms of the free-running students, of each step.
     """
 
@@ -77,7 +80,7 @@ class CompareReport:
             "bound": self.bound,
             "within_bound": self.within_bound,
             "lockstep": [*gaps, {"gap of": "gradient"} | _spread(self.gradient) | {"bound": None}],
-            "gradient_cosine": min(self.gradient_cosine),
+            "gradient_cosine": min(self.gradient_cosine, default=None),
             "free_running": [
                 {"loss at the end": name, "cached": _tail(self.cached[name]), "live": _tail(self.live[name])}
                 for name in terms
@@ -116,21 +119,38 @@ def compare(config: Config, *, steps: int) -> CompareReport:
         cached=_free(run, cached, cached, steps, "compare: from the cache"),
         live=_free(run, live, cached, steps, "compare: live teacher"),
     )
-    _write(Path(config.train.output), dataclasses.replace(run.config, train=config.train), run.cached, report)
+    _write(run.output, dataclasses.replace(run.config, train=config.train), run.cached, report)
     verdict = "within" if report.within_bound else "NOT within"
     console.say(f"compare: every loss is {verdict} {report.bound:g} of the live teacher's at every step")
     return report
 
 
 def _check_teacher(cache: Cache, live: Supply) -> None:
-    """Refuse a live teacher that is not the cached one: the gap would say nothing about the cache."""
-    if isinstance(live, LiveTeacher):
-        here, there = live.identity["weights_sha256"], cache.manifest.teacher.get("weights_sha256")
-        if here != there:
-            raise CacheMismatchError(
-                f"{cache.url}: was made with teacher '{cache.manifest.teacher.get('name')}' (weights sha256 {there}), "
-                f"this run asks for '{live.identity['name']}' ({here}). Use the cached one's --teacher-weights."
-            )
+    """Refuse a live teacher that is not the cached one, and say where it is run otherwise.
+
+    The first gap would say nothing about the cache; the second is one that a live run would have.
+    """
+    if not isinstance(live, LiveTeacher):
+        return
+    manifest = cache.manifest
+    here, there = live.identity, manifest.teacher
+    differing = [name for name in _SAME_TEACHER if here[name] != there.get(name)]
+    if differing:
+        shown = "; ".join(f"{name} {there.get(name)!r} there, {here[name]!r} here" for name in differing)
+        raise CacheMismatchError(
+            f"{cache.url}: was made with teacher '{there.get('name')}', this run asks for '{here['name']}': {shown}. "
+            "Use the cached one, its --teacher-weights and its [teacher] input_px."
+        )
+    numerics = [
+        f"{name} {manifest.numerics.get(name)!r} there, {value!r} here"
+        for name, value in live.numerics.items()
+        if name != "batch_size" and value != manifest.numerics.get(name)
+    ]
+    if numerics:
+        console.warn(
+            f"{cache.url}: its teacher was run otherwise than the live one ({'; '.join(numerics)}): a part of every "
+            "gap is theirs, not the cache's. Set [extract] as it was to measure the cache alone."
+        )
 
 
 def _batches(run: Run, nodes_of: Supply, steps: int) -> Iterator[tuple[int, FedBatch, Tensor]]:
@@ -166,9 +186,10 @@ def _lockstep(
                 gaps.setdefault(name, []).append(abs(value - reference) / max(abs(reference), 1e-12))
             live_gradient = _gradient(learner, both[0]["total"], keep_graph=True)
             cached_gradient = _gradient(learner, both[1]["total"], keep_graph=False)
-            norm = live_gradient.norm().clamp_min(1e-30)
-            gradient.append(float((cached_gradient - live_gradient).norm() / norm))
-            cosine.append(float(torch.nn.functional.cosine_similarity(cached_gradient, live_gradient, dim=0)))
+            if bool((live_gradient + cached_gradient).isfinite().all()):
+                norm = live_gradient.norm().clamp_min(1e-30)
+                gradient.append(float((cached_gradient - live_gradient).norm() / norm))
+                cosine.append(float(torch.nn.functional.cosine_similarity(cached_gradient, live_gradient, dim=0)))
             learner.update(_lr(run.config, step, steps))
             progress.advance(1)
             progress.detail(f"largest gap {max(max(values) for values in gaps.values()):.2e}")
@@ -199,8 +220,8 @@ def _free(run: Run, supply: Supply, nodes_of: Supply, steps: int, title: str) ->
     return terms
 
 
-def _spread(gaps: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(gaps), "largest": max(gaps)}
+def _spread(gaps: Sequence[float]) -> dict[str, float | None]:
+    return {"median": statistics.median(gaps) if gaps else None, "largest": max(gaps, default=None)}
 
 
 def _tail(values: Sequence[float]) -> float:

@@ -110,6 +110,7 @@ class LiveTeacher:
         self._batch_size = config.extract.batch_size
         self._features_used = config.loss.feature_weight > 0
         self.identity = teacher.identity
+        self.numerics = self._run.numerics()
         self.width: int | None = teacher.identity["width"] if self._features_used else None
         self.num_classes: int | None = teacher.identity["num_classes"]
 
