@@ -55,9 +55,9 @@ def cli_page() -> str:
         "| exit code | means |",
         "|---|---|",
         "| 0 | done |",
-        "| 1 | error |",
+        "| 1 | error; `compare`: a gap beyond its bound |",
         "| 2 | wrong usage or configuration |",
-        "| 3 | some units failed |",
+        "| 3 | `extract`: some units failed; `verify`, `demo`: errors found in the cache |",
         "| 130 | interrupted |",
     ]
     lines += ["", "## vkd-cache", "", "```text", help_text(cli, "vkd-cache"), "```"]
