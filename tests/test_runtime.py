@@ -124,6 +124,9 @@ def test_write_atomic_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None
         write_atomic(path, data)
         assert path.read_bytes() == data
     assert list(tmp_path.iterdir()) == [path]
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode  # whoever may read the files around it may read this one
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
@@ -159,3 +162,15 @@ def test_a_failed_write_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="directory"):
         write_atomic(occupied, b"x")
     assert list(tmp_path.iterdir()) == [occupied]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs the /proc of Linux")
+def test_peak_memory_is_not_that_of_the_process_that_started_it() -> None:
+    child = "from vkd_cache.runtime import peak_memory_bytes; print(peak_memory_bytes())"
+    parent = (
+        "import subprocess, sys\n"
+        "ballast = b'x' * 2_000_000_000\n"
+        f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    result = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    assert 1_000_000 < int(result.stdout) < 1_900_000_000
