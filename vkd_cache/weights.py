@@ -5,6 +5,7 @@ dict under any of several entries, and names carry the prefixes of whatever wrap
 """
 
 import argparse
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -29,9 +30,10 @@ _MAX_LISTED = 3
 
 Refusal = type[CheckpointError] | type[TeacherError]
 # what torch's reader meets in damaged bytes; it hands files called .safetensors on to that library
+# what torch's restricted reader raises on bytes that are no torch file: it parses them as far as they make sense
 _DAMAGE = (
-    RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError, zipfile.BadZipFile,
-    SafetensorError,
+    RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, MemoryError, OSError,
+    struct.error, zipfile.BadZipFile, SafetensorError,
 )
 
 
