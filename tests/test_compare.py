@@ -20,7 +20,7 @@ Build = Callable[..., Config]
 
 
 def compared(build: Build, cache: Path, output: Path, steps: int, **sections: Any) -> CompareReport:
-    settings = {"batch_size": 4, "output": str(output)} | sections.pop("train", {})
+    settings = {"batch_size": 8, "output": str(output)} | sections.pop("train", {})
     return compare(build(cache={"url": str(cache)}, train=settings, **sections), steps=steps)
 
 
@@ -81,7 +81,7 @@ def test_any_precision_and_term(tiny_config: Build, small_cache: Path, tmp_path:
     ):
         report = compared(tiny_config, small_cache, tmp_path / str(number), 3, **change)
         assert report.within_bound, change
-        assert len(report.gradient) == 3 and max(report.gradient) < 0.02
+        assert 2 <= len(report.gradient) <= 3 and max(report.gradient) < 0.02
 
 
 def test_what_cannot_be_compared(

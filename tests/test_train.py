@@ -67,11 +67,11 @@ def few_cache(tiny_config: Build, few_tree: Path, tmp_path_factory: pytest.TempP
 
 
 def trained(build: Build, tree: Path, cache: Path | None, output: Path, **sections: dict[str, Any]) -> Any:
-    """What three steps of a small run leave: weights, average, the numbers of the log."""
+    """What two steps of a small run leave: weights, average, the numbers of the log."""
     defaults: dict[str, dict[str, Any]] = {
         "source": {"train": str(tree), "shard_size": 20},
         "cache": {"url": str(cache or "")},
-        "train": {"epochs": 3, "batch_size": 60, "output": str(output), "weight_decay": 0.3, "clip_grad": 0.0},
+        "train": {"epochs": 2, "batch_size": 60, "output": str(output), "weight_decay": 0.3, "clip_grad": 0.0},
     }
     merged = {name: defaults.get(name, {}) | sections.get(name, {}) for name in {**defaults, **sections}}
     run(build(**merged))
@@ -88,7 +88,7 @@ def base(tiny_config: Build, few_tree: Path, few_cache: Path, tmp_path_factory: 
 
 
 EFFECTS: list[tuple[str, str, Any]] = [
-    ("train", "epochs", 2),
+    ("train", "epochs", 3),
     ("train", "batch_size", 30),
     ("train", "lr", 2e-3),
     ("train", "min_lr", 5e-4),
@@ -298,7 +298,7 @@ def test_any_term_may_be_off(tiny_config: Build, few_tree: Path, few_cache: Path
 
 def test_live_teacher_with_and_without_a_cache(tiny_config: Build, small_cache: Path, tmp_path: Path) -> None:
     """The same plan: three runs that differ in where the teacher's numbers come from, and in their last digits only."""
-    settings = {"batch_size": 64, "epochs": 2}
+    settings = {"batch_size": 100, "epochs": 2}
     urls = {"cached": str(small_cache), "live": str(small_cache), "planned": "", "absent": str(tmp_path / "none")}
     losses = {}
     for name, url in urls.items():
