@@ -68,7 +68,7 @@ def _tensorboard_writer(output: Path, upto_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError(
-            "[train] tensorboard: the tensorboard package is not installed: pip install 'vkd-cache[tensorboard]'."
+            "[train] tensorboard: the tensorboard package is not installed: pip install tensorboard."
         ) from error
     return SummaryWriter(log_dir=str(output / "tensorboard"), purge_step=upto_step + 1)
 
