@@ -409,7 +409,13 @@ def test_a_dry_run_writes_nothing(
 ) -> None:
     config = tiny_config(cache={"url": str(small_cache)}, train={"output": str(tmp_path / "run")})
     train(config, JobSplit(), dry_run=True)
-    assert "2 of recipe vkd at 32 px" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 of recipe vkd at 32 px" in said and "2 epochs of 12" in said
+    for change, match in (({"student": {"name": "test_vitt"}}, "did you mean test_vit"), ({}, "takes 300 samples")):
+        settings = {"batch_size": 300, "output": str(tmp_path / "run")}
+        wrong = tiny_config(cache={"url": str(small_cache)}, train=settings, **change)
+        with pytest.raises(ConfigError, match=match):
+            train(wrong, JobSplit(), dry_run=True)
     assert not (tmp_path / "run").exists()
 
 

@@ -80,7 +80,7 @@ class Loop:
             ConfigError: the data does not fill one step, or the warm-up is as long as the run.
             VkdCacheError: the loss is not finite; what the feed raises.
         """
-        total = self._steps_per_epoch() * self._run.config.train.epochs
+        total = self.steps_per_epoch() * self._run.config.train.epochs
         self._learning_rate(0, total)
         if self._leads:
             self._output.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,12 @@ class Loop:
                 return True
         return False
 
-    def _steps_per_epoch(self) -> int:
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch.
+
+        Raises:
+            ConfigError: the data does not fill one.
+        """
         run = self._run
         steps = math.ceil(self._feed.order(0).num_steps / run.config.train.accumulate)
         if steps == 0:

@@ -7,7 +7,6 @@ one step), `loop` (the steps), `checkpoints` and `journal`.
 """
 
 import dataclasses
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -61,10 +60,10 @@ def train(config: Config, split: JobSplit, *, dry_run: bool = False) -> TrainSum
     started = time.monotonic()
     run = prepare_run(config, split)
     checkpoint = find_checkpoint(config)
-    if dry_run:
-        return _dry_run(run, checkpoint)
     with process_group(split, run.device):
         loop = Loop(run, run.supply(live=config.train.live_teacher), checkpoint)
+        if dry_run:
+            return _dry_run(run, loop, checkpoint)
         interrupted = loop.go()
     summary = TrainSummary(
         steps=loop.standing.step,
@@ -86,11 +85,10 @@ def _peak_memory_bytes(device: torch.device) -> int:
     return peak + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
 
 
-def _dry_run(run: Run, checkpoint: Path | None) -> TrainSummary:
+def _dry_run(run: Run, loop: Loop, checkpoint: Path | None) -> TrainSummary:
     config = run.config
     count = sum(len(shard.keys) for shard in run.source.shards)
     teacher = "live" if config.train.live_teacher else f"cache {config.cache.url}" if run.cache else "none"
-    batches = count // (config.train.batch_size * run.split.count)
     console.show_table(
         "train, dry run: nothing is written",
         ["what", "value"],
@@ -100,7 +98,7 @@ def _dry_run(run: Run, checkpoint: Path | None) -> TrainSummary:
             ["views", f"{len(run.views.views)} of recipe {run.recipe.name} at {run.recipe.size_px} px"],
             ["teacher", teacher],
             ["student", f"{config.student.name} on {run.device}, {run.split.count} processes"],
-            ["steps", f"{config.train.epochs} epochs of about {math.ceil(batches / config.train.accumulate)}"],
+            ["steps", f"{config.train.epochs} epochs of {loop.steps_per_epoch()}"],
             ["start", f"continue from {checkpoint}" if checkpoint else "new run"],
             ["output", config.train.output],
         ],
