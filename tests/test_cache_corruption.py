@@ -18,7 +18,7 @@ from vkd_cache.cache.reader import Cache, open_cache
 from vkd_cache.cache.storage import TEMPORARY
 from vkd_cache.cache.units import unpack_unit
 from vkd_cache.cache.writer import create_cache
-from vkd_cache.errors import CacheError, CacheMismatchError, CorruptCacheError
+from vkd_cache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
 
 BACKENDS = ("zarr", "webdataset")
 RECORD = "records/view-0000/shard-000000.json"
@@ -218,3 +218,10 @@ def test_what_is_read_cannot_change_the_file(tmp_path: Path) -> None:
     for array in unpack_unit(data, cache.manifest).values():
         assert not array.size or not array.flags.writeable
     assert data == before
+
+
+@pytest.mark.parametrize("below", ["", "/cache"])
+def test_a_file_is_no_place_for_a_cache(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file is a file, expected a directory"):
+        open_cache(f"{tmp_path}/file{below}")

@@ -151,13 +151,30 @@ def test_a_bug_keeps_its_traceback() -> None:
         guarded(lambda: 1 // 0)
 
 
-def test_gpu_memory_is_a_message() -> None:
+def test_too_little_memory_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
-    def command() -> int:
+    def gpu() -> int:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    assert guarded(command) == 1
+    def cpu() -> int:
+        return len(torch.empty(2**60))
+
+    def python() -> int:
+        return len(bytearray(2**60))
+
+    for command in (gpu, cpu, python):
+        assert guarded(command) == 1
+        assert "out of memory" in (message := capsys.readouterr().err)
+        assert message.endswith("Use a smaller --batch-size.\n")
+
+
+def test_a_file_where_a_folder_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for path in (file, file / "below"):
+        assert guarded(lambda path=path: path.mkdir(exist_ok=True)) == 1  # type: ignore[misc]
+        assert capsys.readouterr().err.endswith(", where a folder is needed. Give another path.\n")
 
 
 def test_interrupting_a_process_gives_one_line() -> None:

@@ -111,13 +111,14 @@ def test_every_bound_and_choice_is_enforced(section: str, field: dataclasses.Fie
 def test_all_mistakes_at_once_each_with_place_and_suggestion(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(
-        '[veiws]\ncount = "2"\n[views]\nsize = 3\n[train]\nepochs = "3"\nlr = -1\n[cache]\nbackend = "zar"\n'
+        '[veiws]\ncount = "2"\n[views]\nsize = 3\ncount = 4\n[train]\nepochs = "3"\nlr = -1\n[cache]\nbackend = "zar"\n'
     )
     with pytest.raises(ConfigError) as caught:
         load_config(str(path), {"train": {"amp": "fp166"}})
     assert str(caught.value).splitlines() == [
         f"{path}: unknown section [veiws]; did you mean 'views'?",
         f"{path}: [views] unknown key 'size'; did you mean 'size_px'?",
+        f'{path}: [views] count: found 4, expected a string, in quotes: "4"',
         f"{path}: [train] epochs: found '3', expected a whole number",
         f"{path}: [train] lr: found -1.0, expected at least 0.0",
         f"{path}: [cache] backend: found 'zar', expected one of zarr, webdataset; did you mean 'zarr'?",
@@ -191,7 +192,7 @@ def test_view_ranges(first: int, length: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [" ", "0", "-1", "3:3", "4:2", "-1:3", "a", "1:b", "1:2:3", "1.5", ":", "2:", "9" * 30, "0:2000000000"],
+    [" ", "0", "-1", "3:3", "4:2", "-1:3", "a", "1:b", "1:2:3", "1.5", ":", "2:", ":2", "9" * 30, "0:2000000000"],
 )
 def test_view_ranges_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match=r"\[views\] count: found '.*', expected a count"):

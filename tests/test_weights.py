@@ -63,6 +63,12 @@ def test_a_refusal_names_the_object_and_does_not_advise_to_run_it(zipped: bool, 
     assert "trust" not in str(caught.value)
 
 
+def test_a_refusal_of_other_bytes_says_what_the_reader_met(tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_text("[source]\n")
+    with pytest.raises(CheckpointError, match=r"refused.*\(Unsupported operand 91\)"):
+        read_weights_file(tmp_path / "w.pth", CheckpointError)
+
+
 def test_entries_are_followed_but_not_without_end() -> None:
     assert innermost({"model": {"student": {"a": 1}}, "epoch": 3}) == {"a": 1}
     assert innermost({"model": 3}) == {"model": 3}

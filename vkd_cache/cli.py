@@ -284,11 +284,19 @@ def guarded(command: Callable[[], int | None]) -> int:
             return _fail(str(error), 1)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            return _fail(f"{where}{error.strerror or str(error) or type(error).__name__}", 1)
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported
+            in_the_way = isinstance(error, (NotADirectoryError, FileExistsError))
+            advice = ", where a folder is needed. Give another path." if in_the_way else ""
+            return _fail(f"{where}{error.strerror or str(error) or type(error).__name__}{advice}", 1)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
                 raise
-            return _fail(f"{error} Use a smaller --batch-size.", 1)
+            return _fail(f"out of memory: {error or 'no more can be had'} Use a smaller --batch-size.", 1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch may not be imported: its own error, for GPUs, is known by name; a CPU's is a plain RuntimeError
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "DefaultCPUAllocator" in str(error)
 
 
 def _fail(message: str, code: int) -> int:

@@ -259,9 +259,9 @@ def parse_view_range(text: str) -> range:
     Raises:
         ConfigError: neither form, or an empty range.
     """
-    first, _, last = (text or "1").rpartition(":")
+    first, _, last = text.partition(":") if ":" in text else ("0", ":", text or "1")
     try:
-        views = range(int(first or 0), int(last))
+        views = range(int(first), int(last))
     except ValueError:
         views = range(0)
     if not 0 <= views.start < views.stop <= MAX_VIEWS:
@@ -316,7 +316,8 @@ def _checked(value: object, hint: Any, metadata: Mapping[str, Any]) -> object:
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not wanted:
-        raise ValueError(f"found {value!r}, expected {_NAMES[wanted]}")
+        quoted = f', in quotes: "{value}"' if wanted is str and type(value) in (int, float) else ""
+        raise ValueError(f"found {value!r}, expected {_NAMES[wanted]}{quoted}")
     if isinstance(value, str):
         _check_choice(value, choices)
     if isinstance(value, (int, float)) and not isinstance(value, bool):

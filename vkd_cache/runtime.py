@@ -81,7 +81,8 @@ def _split(where: str, index: str, count: str, local: str) -> JobSplit:
     except ValueError:
         split = JobSplit(index=0, count=0)
     if not 0 <= split.index < split.count:
-        raise ConfigError(f"{where}: found '{index}/{count}', expected I/N with 0 <= I < N, for example 0/4.")
+        found = f"{index}/{count}".removesuffix("/")
+        raise ConfigError(f"{where}: found '{found}', expected I/N with 0 <= I < N, for example 0/4.")
     return split
 
 

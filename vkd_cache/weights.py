@@ -142,11 +142,13 @@ def _read_torch(path: Path, refusal: Refusal) -> object:
 
 def _reason(error: Exception) -> str:
     """The telling sentence of torch's long message, without its advice to load the file unsafely."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = next((line for line in lines if "GLOBAL" in line or "WeightsUnpickler error" in line), "")
+    # what torch's reader stumbled over stands behind its name, on the same line or on the next
+    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = next((line for line in lines if "GLOBAL" in line), "")
     if not telling:
         telling = next((line for line in lines if "weights_only" not in line and "only load" not in line), "")
-    sentence = telling.removeprefix("WeightsUnpickler error: ").partition(". ")[0]
+    sentence = telling.partition(". ")[0]
     return sentence[:160].rstrip(".") or type(error).__name__
 
 

@@ -66,15 +66,22 @@ def open_storage(url: str) -> Storage:
     """The storage at `url`: a local path (a leading `~` is the home folder), or an fsspec URL such as `s3://bucket/cache`.
 
     Raises:
-        ConfigError: an empty URL, or a protocol that fsspec does not know or has no library for.
+        ConfigError: an empty URL, a path through a file, or a protocol that fsspec does not know or has no library for.
     """
     if not url:
         raise ConfigError("cache: found an empty URL, expected a directory or an fsspec URL. Give --cache.")
     if "://" not in url:
-        return LocalStorage(Path(expand_home(url)))
+        return _local(Path(expand_home(url)))
     if url.startswith("file://"):
-        return LocalStorage(Path(url.removeprefix("file://")))
+        return _local(Path(url.removeprefix("file://")))
     return RemoteStorage(url)
+
+
+def _local(root: Path) -> "LocalStorage":
+    for folder in (root, *root.parents):
+        if folder.is_file():
+            raise ConfigError(f"cache: {root}: {folder} is a file, expected a directory. Give another path.")
+    return LocalStorage(root)
 
 
 class LocalStorage:
