@@ -174,3 +174,21 @@ def test_peak_memory_is_not_that_of_the_process_that_started_it() -> None:
     )
     result = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
     assert 1_000_000 < int(result.stdout) < 1_900_000_000
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="limits on file sizes are set for Linux here")
+def test_a_write_that_fails_names_its_file(tmp_path: Path) -> None:
+    script = (
+        "import errno, pathlib, resource, signal, sys\n"
+        "from vkd_cache.runtime import write_atomic\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "try:\n"
+        "    write_atomic(path, bytes(1000))\n"
+        "except OSError as error:\n"
+        "    sys.exit(0 if error.errno == errno.EFBIG and error.filename == str(path) else 1)\n"
+        "sys.exit(2)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "file")], check=True)
+    assert not list(tmp_path.iterdir())

@@ -215,7 +215,7 @@ def find_pipeline(name: str) -> Path:
         return known[name.removesuffix(".toml")]
     raise ConfigError(
         f"{name}: no such pipeline file, and no installed pipeline of that name"
-        f"{suggestion(name, known)}. Installed: {', '.join(sorted(known)) or 'none'}."
+        f"{suggestion(name, known) or '.'} Installed: {', '.join(sorted(known)) or 'none'}."
     )
 
 

@@ -196,7 +196,8 @@ class Cache:
             raise CacheFormatError(f"{self.url}: {record_path(UnitId(record.shard, record.view))}: expected one file.")
         path, size, digest = record.files[0]
         where = f"{self.url}/{path}"
-        what_to_do = "Delete its record and run the same `vkd-cache extract` again."
+        unit_record = record_path(UnitId(record.shard, record.view))
+        what_to_do = f"Delete its record ({unit_record}) and run the same `vkd-cache extract` again."
         try:
             data = self.storage.get(path)
         except FileNotFoundError as error:
