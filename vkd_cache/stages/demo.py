@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 from vkd_cache import console
-from vkd_cache.config import Config, load_config, parse_view_range
+from vkd_cache.config import Config, config_to_json, load_config, parse_view_range
 from vkd_cache.errors import ConfigError
-from vkd_cache.runtime import write_atomic
+from vkd_cache.runtime import library_versions, write_atomic
 from vkd_cache.stages.demo_data import DemoData, write_digits
 from vkd_cache.stages.demo_jobs import (
     Processes,
@@ -86,7 +86,7 @@ def demo(config: Config, output: Path, *, short: bool = False) -> DemoReport:
         seconds=time.monotonic() - started,
         output=str(output),
     )
-    _publish(report, output)
+    _publish(config, report, output)
     return report
 
 
@@ -172,14 +172,15 @@ def _student_config(config: Config, kind: str, seed: int) -> Config:
     return dataclasses.replace(config, train=train, loss=loss, cache=cache)
 
 
-def _publish(report: DemoReport, output: Path) -> None:
+def _publish(config: Config, report: DemoReport, output: Path) -> None:
     """Write report, picture and page."""
     seeds = range(len(report.students["plain"]))
     logs = {
         kind: [read_log(output / "students" / f"{kind}-{seed}" / LOG_NAME) for seed in seeds] for kind in KINDS
     }
     draw_demo(output / CURVES_NAME, logs, report)
-    write_atomic(output / "report.json", json.dumps(report.to_json(), indent=2).encode())
+    document = report.to_json() | {"config": config_to_json(config), "versions": library_versions()}
+    write_atomic(output / "report.json", json.dumps(document, indent=2).encode())
     page = write_page(output, report)
     console.say(report.conclusion())
     console.say(f"demo: {console.clock(report.seconds)}; page: {page}")

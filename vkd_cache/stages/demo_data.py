@@ -88,8 +88,7 @@ def _load_digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ConfigError(
-            "demo: the digits come with scikit-learn, which is not installed: pip install scikit-learn (or "
-            "'vkd-cache[demo]')."
+            "demo: the digits come with scikit-learn, which is not installed. Run: pip install scikit-learn"
         ) from error
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # scikit-learn counts ink from 0 to 16

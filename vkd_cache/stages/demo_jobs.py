@@ -11,7 +11,6 @@ for a child starts at what its parent held. Hence the imports inside the jobs.
 import contextlib
 import dataclasses
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +21,7 @@ from typing import Any, Protocol, TypeVar
 from vkd_cache import console
 from vkd_cache.config import Config
 from vkd_cache.errors import VkdCacheError
-from vkd_cache.runtime import JobSplit
+from vkd_cache.runtime import JobSplit, peak_memory_bytes
 
 # what jobs import, so that it is imported once; torch imports _dynamo at the first optimizer step
 _PRELOADED = ["torch._dynamo", "matplotlib.figure"]
@@ -66,12 +65,14 @@ class ExtractResult:
         views: views stored, over all images.
         bytes: of their units.
         codecs: how each node is stored, by name.
+        fingerprint: of the cache.
         seconds, cpu_seconds, peak_bytes: as in TrainResult.
     """
 
     views: int
     bytes: int
     codecs: dict[str, str]
+    fingerprint: str
     seconds: float
     cpu_seconds: float
     peak_bytes: int
@@ -160,13 +161,15 @@ def fill_cache(config: Config) -> ExtractResult:
     summary = extract(config, JobSplit())
     if summary.units_failed:
         raise VkdCacheError(f"demo: {len(summary.units_failed)} units failed: {summary.units_failed[0]}")
+    cache = open_cache(config.cache.url)
     return ExtractResult(
         views=summary.samples,
         bytes=summary.bytes,
-        codecs={node.name: node.codec for node in open_cache(config.cache.url).manifest.nodes},
+        codecs={node.name: node.codec for node in cache.manifest.nodes},
+        fingerprint=cache.fingerprint,
         seconds=summary.seconds,
         cpu_seconds=time.process_time(),
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_bytes=peak_memory_bytes(),
     )
 
 
