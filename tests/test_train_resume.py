@@ -214,6 +214,13 @@ def test_a_finished_run_has_nothing_to_do(tiny_config: Build, small_cache: Path,
     assert_same_run(whole, output)
 
 
+def test_a_run_that_continues_elsewhere_brings_its_best_along(
+    tiny_config: Build, small_cache: Path, whole: Path, tmp_path: Path
+) -> None:
+    run(config_of(tiny_config, small_cache, tmp_path / "moved", resume=str(whole / "last.pt")))
+    assert (tmp_path / "moved" / "best.pt").read_bytes() == (whole / "best.pt").read_bytes()
+
+
 def test_changes_are_refused_with_both_values(
     tiny_config: Build, small_cache: Path, digits_tars: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -50,6 +50,7 @@ class Loop:
         """
         self._run = run
         self._supply = supply
+        self._checkpoint = checkpoint
         state = self._checked_state(checkpoint) if checkpoint is not None else None
         self._learner = run.learner(supply)  # after the checkpoint has said which views: whitening looks at the first
         self._feed = run.feed(supply)
@@ -85,6 +86,7 @@ class Loop:
         if self._leads:
             self._output.mkdir(parents=True, exist_ok=True)
             remove_stale(self._output)
+            self._bring_best_along()
             self._write_run_file()
         with self._feed, self._stop, self._journal() as journal, console.track("train", total, "steps") as progress:
             progress.advance(self.standing.step)
@@ -98,6 +100,14 @@ class Loop:
                 f"{name} on {self._run.source.location}",
             )
         return stopped
+
+    def _bring_best_along(self) -> None:
+        """Copy the best student so far, where a run continues in another output: it may never be beaten there."""
+        if self._checkpoint is None or self.standing.best_top1 is None:
+            return
+        before, here = self._checkpoint.parent / BEST, self._output / BEST
+        if before.is_file() and not here.exists():
+            write_atomic(here, before.read_bytes())
 
     def _train(self, journal: Journal | None, progress: console.Progress, total: int) -> bool:
         train, standing = self._run.config.train, self.standing
