@@ -399,6 +399,16 @@ def test_strict_stops_at_the_first_broken_image(make: MakeConfig, tree: Path) ->
     assert opened(config).published().get(0, frozenset()) <= {0, 1}
 
 
+def test_a_teacher_of_other_classes_is_remarked(
+    make: MakeConfig, tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(make())
+    assert "logits cannot teach" not in capsys.readouterr().err
+    shutil.rmtree(max(tree.iterdir()))
+    run(make(source={"train": str(tree)}, cache={"url": str(tree.parent / "other")}))
+    assert "has 10 classes" in (said := capsys.readouterr().err) and "has 9" in said
+
+
 def test_the_summary_counts_broken_images_once(
     make: MakeConfig, tree: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

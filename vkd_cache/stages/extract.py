@@ -19,13 +19,13 @@ from vkd_cache.cache.writer import CacheWriter, create_cache
 from vkd_cache.config import Config, config_to_json, parse_view_range
 from vkd_cache.errors import ConfigError
 from vkd_cache.runtime import JobSplit, hardware, library_versions
-from vkd_cache.sources import open_source
+from vkd_cache.sources import Source, open_source
 from vkd_cache.stages.extract_job import ExtractJob, ExtractSummary
 from vkd_cache.stages.extract_plan import ExtractPlan
 from vkd_cache.stages.ranks import take_device
 from vkd_cache.stages.teaching import TeacherRun, start_teacher
 from vkd_cache.stages.units import units_of_worker
-from vkd_cache.teachers import load_teacher
+from vkd_cache.teachers import Teacher, load_teacher
 from vkd_cache.views.recipe import make_recipe
 
 
@@ -45,6 +45,7 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
     teacher = load_teacher(
         config.teacher, nodes=config.cache.nodes, num_classes=source.num_classes, view_px=recipe.size_px
     )
+    _warn_of_classes(teacher, source)
     run = start_teacher(teacher, config.extract, device)
     plan = ExtractPlan(config=config, source=source, recipe=recipe, run=run)
     units = units_of_worker(len(source.shards), parse_view_range(config.views.count), split.index, split.count)
@@ -63,6 +64,17 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
     _write_run_log(log_name, writer, config, split, summary)
     _say_summary(config, summary)
     return summary
+
+
+def _warn_of_classes(teacher: Teacher, source: Source) -> None:
+    """Features serve all the same, so this is no error; but it is seldom meant."""
+    classes = teacher.identity["num_classes"]
+    if classes not in (0, source.num_classes):
+        console.warn(
+            f"the teacher {teacher.identity['name']} has {classes} classes, {source.location} has "
+            f"{source.num_classes}: its logits cannot teach these labels. Train with [loss] logit_weight = 0, or give "
+            "the weights that were trained for this data."
+        )
 
 
 def _check_config(config: Config) -> None:
