@@ -45,7 +45,10 @@ def test_every_stage_ran_and_the_cache_is_sound(finished: tuple[Path, dict[str, 
     assert document["extraction"]["views"] == document["num_views"] * NUM_IN_TARS
     assert set(open_cache(str(output / "cache")).published()) == set(range(document["num_views"]))
     assert document["teacher"]["top1"] == document["check"]["teacher_top1"] > 50  # ten classes: chance is 10
-    assert document == json.loads((output / "report.json").read_text())
+    report = json.loads((output / "report.json").read_text())
+    assert report["config"]["student"]["name"] and report["versions"]["torch"]
+    assert document == {name: value for name, value in report.items() if name not in ("config", "versions")}
+    assert report["extraction"]["fingerprint"] == open_cache(str(output / "cache")).fingerprint
 
 
 def test_the_three_ways_differ_in_the_teacher_only(finished: tuple[Path, dict[str, Any], str]) -> None:
