@@ -50,8 +50,9 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
     plan = ExtractPlan(config=config, source=source, recipe=recipe, run=run)
     units = units_of_worker(len(source.shards), parse_view_range(config.views.count), split.index, split.count)
     if dry_run:
-        plan.show(existing, units, _unpublished(existing, units))
-        return _summary(None, len(units) - len(_unpublished(existing, units)), started)
+        todo = _unpublished(existing, units)
+        plan.show(existing, units, todo)
+        return _summary(None, len(units) - len(todo), started)
 
     writer = create_cache(config.cache.url, plan.manifest(existing), teacher.head_tensors())
     todo = _unpublished(writer.cache, units)

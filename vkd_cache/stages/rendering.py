@@ -195,10 +195,10 @@ def render_loader(
 ) -> Generator[RenderedBatch, None, None]:
     """Rendered batches in the order of `tasks`, made by `workers` processes (0: by this one).
 
-    `tasks` is read lazily, a few batches ahead of what has been yielded, in this process.
+    `tasks` is read lazily, a few batches ahead of what has been yielded, in this process. What stopped a task is not
+    raised: it comes as `RenderedBatch.error`, and the caller decides.
 
     Raises:
-        VkdCacheError: what stopped a task (see `RenderedBatch.error` is *not* raised here: callers decide).
         SourceError: a worker process was killed.
     """
     loader = torch.utils.data.DataLoader(

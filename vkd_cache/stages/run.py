@@ -1,6 +1,7 @@
 """A training run before its first step: what it reads, opened and checked against each other."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -55,9 +56,12 @@ class Run:
         """Directory of what the run leaves."""
         return Path(expand_home(self.config.train.output))
 
-    @property
+    @functools.cached_property
     def source_hash(self) -> str:
-        """Hash of the identity of the training source: independent of where it lies."""
+        """Hash of the identity of the training source: independent of where it lies.
+
+        Worked out once: it goes through every key, and every checkpoint asks for it.
+        """
         document = json.dumps(source_identity(self.source).to_json(), sort_keys=True)
         return hashlib.sha256(document.encode()).hexdigest()
 
