@@ -261,3 +261,16 @@ def test_a_document_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_clock(seconds: float, text: str) -> None:
     assert console.clock(seconds) == text
+
+
+def test_an_interrupt_while_text_is_executed_has_the_same_exit_code(tmp_path: Path) -> None:
+    """`python -m` would end by SIGINT itself: CPython remembers an interrupt that left exec() of a text."""
+    (tmp_path / "interrupted_import.py").write_text(
+        "import os, signal, sys\n"
+        "from vkd_cache.cli import guarded\n"
+        "text = 'os.kill(os.getpid(), signal.SIGINT)\\nwhile True: pass'\n"
+        "sys.exit(guarded(lambda: exec(text)))\n"
+    )
+    command = [sys.executable, "-m", "interrupted_import"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (130, "Error: interrupted.\n")

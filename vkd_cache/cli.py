@@ -277,6 +277,9 @@ def guarded(command: Callable[[], int | None]) -> int:
             error.show()
             return error.exit_code
         except (click.Abort, KeyboardInterrupt):
+            # Under `python -m`, CPython ends by SIGINT instead of our exit code if the interrupt came while text was
+            # executed (a dataclass being made by an import), until other text is.
+            exec("")
             return _fail("interrupted.", 130)
         except ConfigError as error:
             return _fail(str(error), 2)
