@@ -54,7 +54,7 @@ def write_digits(folder: Path) -> DemoData:
     Raises:
         ConfigError: scikit-learn is not installed.
     """
-    images, labels = _load_digits()
+    images, labels = load_digits()
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(images))
     encoded = {int(number): _jpeg(images[number]) for number in order}
     splits = {"train": order[:NUM_TRAIN], "val": order[NUM_TRAIN:]}
@@ -82,15 +82,19 @@ def write_digits(folder: Path) -> DemoData:
     )
 
 
-def _load_digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """(1797, 8, 8) grey images and their labels."""
+def load_digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """(1797, 8, 8) grey images and their labels.
+
+    Raises:
+        ConfigError: scikit-learn is not installed.
+    """
     try:
-        from sklearn.datasets import load_digits
+        from sklearn import datasets
     except ImportError as error:
         raise ConfigError(
             "demo: the digits come with scikit-learn, which is not installed. Run: pip install scikit-learn"
         ) from error
-    digits = load_digits()
+    digits = datasets.load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # scikit-learn counts ink from 0 to 16
     return grey, digits.target.astype(np.int64)
 
