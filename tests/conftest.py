@@ -90,6 +90,14 @@ def digits_tars(digits: dict[str, list[tuple[bytes, int]]], tmp_path_factory: py
 
 
 @pytest.fixture(scope="session")
+def coco_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small COCO layout of digits on photographs; see `coco_samples.write_coco`. Copy it before changing a file."""
+    from coco_samples import write_coco
+
+    return write_coco(tmp_path_factory.mktemp("coco"))
+
+
+@pytest.fixture(scope="session")
 def teacher_file(digits: dict[str, list[tuple[bytes, int]]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A state dict of `TEACHER` with ten classes, at seeded weights whose features differ from image to image."""
     import timm
