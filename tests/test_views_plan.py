@@ -57,7 +57,7 @@ def test_a_plan_is_pure_in_range_and_survives_its_columns(
     assert 0 <= erase_top <= erase_top + erase_height <= recipe.size_px
     assert 0 <= erase_left <= erase_left + erase_width <= recipe.size_px
     other = plan_view(recipe, seed, key, view + 1, width_px=width, height_px=height)
-    columns = params_to_columns([other, params], recipe.max_ops)
+    columns = params_to_columns([other, params], recipe.max_ops, sized=recipe.detection is not None)
     assert params_from_columns(columns, 1) == params
     assert params_from_columns(columns, 0) == other
 

@@ -9,7 +9,9 @@ from vkd_cache.views.plan import plan_view
 from vkd_cache.views.recipe import RECIPES
 from vkd_cache.views.render import pixel_digest, render_view
 
-SMALL = {name: dataclasses.replace(recipe, size_px=32) for name, recipe in RECIPES.items()}
+SMALL = {
+    name: dataclasses.replace(recipe, size_px=32) for name, recipe in RECIPES.items() if recipe.detection is None
+}
 
 
 def render_digest(job: tuple[str, int, int, int]) -> int:

@@ -26,7 +26,7 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
 ) -> Any:
-    """A documented field: `choices` for strings (or for each string of a tuple), inclusive bounds for numbers."""
+    """A documented field: `choices` for strings, inclusive bounds for numbers; of a tuple, for each of its entries."""
     metadata = {"doc": doc, "choices": choices, "minimum": minimum, "maximum": maximum}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -45,14 +45,16 @@ class ViewsConfig:
     """How views are planned."""
 
     recipe: str = option(
-        "vkd", "view recipe", choices=("vkd", "randaugment", "crop_flip", "none")
+        "vkd",
+        "view recipe; vidt is the one for detection",
+        choices=("vkd", "randaugment", "crop_flip", "none", "vidt"),
     )
     count: str = option(
         "",
         "views: a count N (views 0..N-1) or a range A:B (views A..B-1); empty: 1 to extract, and a fresh view for "
         "every epoch when training without a cache",
     )
-    size_px: int = option(224, "height and width of a view, pixels", minimum=8, maximum=4096)
+    size_px: int = option(224, "height and width of a view, pixels (not for detection)", minimum=8, maximum=4096)
     seed: int = option(0, "cache seed: the root of every draw of the plan", minimum=0, maximum=2**63 - 1)
     mix_probability: float | None = option(
         None, "probability that a pair is mixed; empty: the recipe's own", minimum=0.0, maximum=1.0
@@ -62,16 +64,39 @@ class ViewsConfig:
     cutmix_switch: float = option(
         0.5, "probability of CutMix for a mixed pair when both are on", minimum=0.0, maximum=1.0
     )
+    scales: tuple[int, ...] = option(
+        tuple(range(480, 801, 16)), "detection: short sides of a view, one drawn, pixels", minimum=16, maximum=4096
+    )
+    max_size_px: int = option(
+        1333, "detection: bound of a view's long side, pixels", minimum=16, maximum=8192
+    )
+    crop_scales: tuple[int, ...] = option(
+        (400, 500, 600),
+        "detection: short sides of the frame that half of the views are cropped in before the resize; empty: no crops",
+        minimum=16,
+        maximum=4096,
+    )
+    crop_min_px: int = option(384, "detection: least side of a crop in that frame, pixels", minimum=1, maximum=4096)
+    crop_max_px: int = option(600, "detection: greatest side of a crop in that frame, pixels", minimum=1, maximum=4096)
+    canvas_multiple_px: int = option(
+        128, "detection: sides of a padded view are multiples of this, itself one of 16", minimum=16, maximum=4096
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """Which network's features are cached."""
 
-    name: str = option("", "timm model name, or package.module:callable that returns an nn.Module")
-    weights: str = option("", "safetensors or torch file with its weights; empty: timm's pretrained weights")
+    name: str = option(
+        "", "timm model name, package.module:callable that returns an nn.Module, or for detection vidt_swin_base etc."
+    )
+    weights: str = option(
+        "", "safetensors or torch file with its weights; empty: timm's pretrained weights (a detector needs a file)"
+    )
     num_classes: int = option(0, "classes of its head; 0: what the weights hold, else the source's", minimum=0)
-    input_px: int = option(0, "side of its input; 0: the view's own (others are resized on the device)", minimum=0)
+    input_px: int = option(
+        0, "side of its input; 0: the view's own (others are resized on the device); not for a detector", minimum=0
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,11 +108,19 @@ class CacheConfig:
     dtype: str = option(
         "auto",
         "stored type of node values; auto measures the loss effect on the first unit",
-        choices=("auto", "float32", "float16", "bfloat16", "uint8"),
+        choices=("auto", "float32", "float16", "bfloat16", "uint8", "int8"),
     )
     nodes: tuple[str, ...] = option(
-        ("pooled",), "teacher outputs to store", choices=("pooled", "logits", "feature_map")
-    )
+        (),
+        "teacher outputs to store; empty: pooled, or all six of a detector",
+        choices=(
+            "pooled", "logits", "feature_map", "patch_1", "patch_2", "patch_3", "patch_4", "body_det", "neck_det",
+        ),
+    )  # fmt: skip
+    tokens: float = option(
+        1.0, "share of each image's patch tokens to store (patch_1 to patch_4), a seeded sample", minimum=1e-4,
+        maximum=1.0,
+    )  # fmt: skip
     block_samples: int = option(256, "samples per tar member of the webdataset backend", minimum=1)
 
 
@@ -308,11 +341,10 @@ def _checked(value: object, hint: Any, metadata: Mapping[str, Any]) -> object:
     wanted = next(kind for kind in kinds if kind is not type(None))
     choices = metadata["choices"]
     if typing.get_origin(wanted) is tuple:
-        if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) for entry in value):
-            raise ValueError(f"found {value!r}, expected a list of strings")
-        for entry in value:
-            _check_choice(entry, choices)
-        return tuple(value)
+        entry_kind = typing.get_args(wanted)[0]
+        if not isinstance(value, (list, tuple)) or not all(type(entry) is entry_kind for entry in value):
+            raise ValueError(f"found {value!r}, expected a list of {_PLURALS[entry_kind]}")
+        return tuple(_checked(entry, entry_kind, metadata) for entry in value)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not wanted:
@@ -330,6 +362,7 @@ def _checked(value: object, hint: Any, metadata: Mapping[str, Any]) -> object:
 
 
 _NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+_PLURALS = {str: "strings", int: "whole numbers"}
 
 
 def _check_choice(value: str, choices: tuple[str, ...]) -> None:

@@ -63,14 +63,16 @@ _FORMATS: tuple[tuple[str, bytes, Callable[[io.BytesIO], ImageFile.ImageFile]], 
 )
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, *, oriented: bool = True) -> Image.Image:
     """Decode the first frame of a JPEG, PNG, WebP, GIF or BMP file, whatever its name says.
 
     Args:
         data: the whole file.
+        oriented: turn it upright by its EXIF orientation. Not for detection: COCO's sizes and boxes, pycocotools and
+            the reference speak of the pixels as they are stored.
 
     Returns:
-        RGB image, upright by its EXIF orientation, transparency over white, 16-bit values cut to their high byte.
+        RGB image, transparency over white, 16-bit values cut to their high byte.
 
     Raises:
         BrokenImageError: not one of these formats, damaged, truncated, empty, or of more than `MAX_IMAGE_PIXELS`
@@ -86,7 +88,7 @@ def decode_image(data: bytes) -> Image.Image:
         rgb = _to_rgb(image)
     except _DAMAGE as error:
         raise BrokenImageError(f"{name} data is truncated or damaged") from error
-    transpose = _TRANSPOSE.get(_exif_orientation(image.info.get("exif")))
+    transpose = _TRANSPOSE.get(_exif_orientation(image.info.get("exif"))) if oriented else None
     return rgb if transpose is None else rgb.transpose(transpose)
 
 

@@ -23,11 +23,12 @@ class ViewParams:
 
     Attributes:
         seed: uint64, where the draws came from; also the source of erase noise.
-        source_size: (width, height) of the decoded, oriented source image, pixels.
+        source_size: (width, height) of the decoded source image, pixels; oriented, except for detection.
         crop: (top, left, height, width) in source pixels.
         flip: mirrored left to right after resizing.
         ops: up to K ordered (operation id, value) pairs, values exact in float32; see `vkd_cache.views.ops`.
         erase: (top, left, height, width) in view pixels; zero height: nothing erased.
+        view_size: (height, width) of a detection view, pixels; (0, 0): the recipe's size.
     """
 
     seed: int
@@ -36,6 +37,7 @@ class ViewParams:
     flip: bool
     ops: tuple[tuple[int, float], ...]
     erase: tuple[int, int, int, int] = (0, 0, 0, 0)
+    view_size: tuple[int, int] = (0, 0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +60,12 @@ class MixPlan:
     box: npt.NDArray[np.uint16]
 
 
-def params_to_columns(params: Sequence[ViewParams], max_ops: int) -> dict[str, npt.NDArray[np.generic]]:
+def params_to_columns(
+    params: Sequence[ViewParams], max_ops: int, *, sized: bool = False
+) -> dict[str, npt.NDArray[np.generic]]:
     """Columns `seed` (n,) uint64, `source_size` (n,2) uint32 (width, height), `crop` (n,4) uint32, `flip` (n,) uint8,
-    `op_id` (n,K) uint8 with 255 for no operation, `op_value` (n,K) float32, `erase` (n,4) uint16."""
+    `op_id` (n,K) uint8 with 255 for no operation, `op_value` (n,K) float32, `erase` (n,4) uint16; if `sized`, as for
+    detection, `view_size` (n,2) uint16 (height, width)."""
     n = len(params)
     columns: dict[str, npt.NDArray[np.generic]] = {
         "seed": np.array([p.seed for p in params], np.uint64),
@@ -69,6 +74,8 @@ def params_to_columns(params: Sequence[ViewParams], max_ops: int) -> dict[str, n
         "flip": np.array([p.flip for p in params], np.uint8),
         "erase": np.array([p.erase for p in params], np.uint16).reshape(n, 4),
     }
+    if sized:
+        columns["view_size"] = np.array([p.view_size for p in params], np.uint16).reshape(n, 2)
     op_id = np.full((n, max_ops), NO_OP, np.uint8)
     op_value = np.zeros((n, max_ops), np.float32)
     for row, p in enumerate(params):
@@ -83,6 +90,10 @@ def params_from_columns(columns: Columns, row: int) -> ViewParams:
     width, height = (int(v) for v in columns["source_size"][row])
     top, left, crop_height, crop_width = (int(v) for v in columns["crop"][row])
     erase_top, erase_left, erase_height, erase_width = (int(v) for v in columns["erase"][row])
+    view_size = (0, 0)
+    if "view_size" in columns:
+        view_height, view_width = (int(v) for v in columns["view_size"][row])
+        view_size = (view_height, view_width)
     ops = tuple(
         (int(op), float(value))
         for op, value in zip(columns["op_id"][row], columns["op_value"][row], strict=True)
@@ -95,6 +106,7 @@ def params_from_columns(columns: Columns, row: int) -> ViewParams:
         flip=bool(columns["flip"][row]),
         ops=ops,
         erase=(erase_top, erase_left, erase_height, erase_width),
+        view_size=view_size,
     )
 
 

@@ -11,7 +11,9 @@ import struct
 from vkd_cache.views import ops
 from vkd_cache.views.draws import Draws, view_seed
 from vkd_cache.views.params import ViewParams
+from vkd_cache.views.plan_detection import detection_crop
 from vkd_cache.views.recipe import Recipe
+from vkd_cache.views.sizes import canvas_of
 
 _CROP_TRIES = 10
 _ERASE_TRIES = 10
@@ -62,7 +64,7 @@ def plan_view(recipe: Recipe, seed: int, key: str, view: int, *, width_px: int, 
         seed: cache seed, in [0, 2**64).
         key: the sample's key.
         view: number of the view, from 0.
-        width_px: width of the decoded, oriented source image.
+        width_px: width of the decoded source image, oriented except for detection.
         height_px: its height.
 
     Returns:
@@ -75,7 +77,10 @@ def plan_view(recipe: Recipe, seed: int, key: str, view: int, *, width_px: int, 
         raise ValueError(f"{key}: found an image of {width_px} x {height_px} pixels, expected at least 1 x 1.")
     stream = view_seed(seed, key, view)
     draws = Draws(stream)
-    if recipe.geometry == "random_resized_crop":
+    view_size = (0, 0)
+    if recipe.detection is not None:
+        crop, view_size = detection_crop(draws, recipe.detection, width_px, height_px)
+    elif recipe.geometry == "random_resized_crop":
         crop = _random_crop(draws, recipe, width_px, height_px)
     else:
         crop = (0, 0, height_px, width_px)
@@ -88,7 +93,29 @@ def plan_view(recipe: Recipe, seed: int, key: str, view: int, *, width_px: int, 
     erase = _NO_ERASE
     if recipe.erase_probability > 0.0 and draws.uniform() < recipe.erase_probability:
         erase = _erase_box(draws, recipe)
-    return ViewParams(seed=stream, source_size=(width_px, height_px), crop=crop, flip=flip, ops=operations, erase=erase)
+    return ViewParams(
+        seed=stream,
+        source_size=(width_px, height_px),
+        crop=crop,
+        flip=flip,
+        ops=operations,
+        erase=erase,
+        view_size=view_size,
+    )
+
+
+def plan_canvas(
+    recipe: Recipe, seed: int, key: str, view: int, *, width_px: int, height_px: int
+) -> tuple[int, int]:
+    """The canvas (height, width), pixels, that one view of one sample lies on; arguments as in `plan_view`.
+
+    Raises:
+        ValueError: the image is empty, or the views of the recipe have no canvas: it is not one for detection.
+    """
+    if recipe.detection is None:
+        raise ValueError(f"{key}: found the recipe '{recipe.name}', expected one for detection.")
+    params = plan_view(recipe, seed, key, view, width_px=width_px, height_px=height_px)
+    return canvas_of(params.view_size, recipe.detection.canvas_multiple_px)
 
 
 def _random_crop(draws: Draws, recipe: Recipe, width_px: int, height_px: int) -> tuple[int, int, int, int]:

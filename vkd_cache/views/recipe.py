@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 from vkd_cache.config import ViewsConfig
 from vkd_cache.errors import CacheFormatError, ConfigError
+from vkd_cache.views.geometry import DetectionGeometry, geometry_problems
 
-Geometry = Literal["random_resized_crop", "center_crop"]
+Geometry = Literal["random_resized_crop", "center_crop", "detection"]
 Colour = Literal["three_augment", "rand_augment", "none"]
 Decoder = Literal["pillow"]
-Interpolation = Literal["bicubic"]
+Interpolation = Literal["bicubic", "bilinear"]
 
 _MAX_SIDE_PX = 65_535  # erase and mix boxes are stored as uint16
 
@@ -29,9 +30,9 @@ class Recipe:
     Attributes:
         name: what a user calls it; one of `RECIPES`, or anything for a recipe of one's own.
         decoder: library that turns bytes into pixels.
-        geometry: a random resized crop, or one centre crop.
-        size_px: height and width of a view, pixels.
-        interpolation: resize kernel, antialiased.
+        geometry: a random resized crop, one centre crop, or what `detection` says.
+        size_px: height and width of a view, pixels; detection: the largest short side.
+        interpolation: resize kernel, antialiased; bilinear for detection, bicubic for all else.
         scale: share of the source's area that a random crop aims at, (low, high) in (0, 1].
         ratio: width over height of a random crop, (low, high), drawn log-uniformly.
         crop_fraction: centre crop: `size_px` over the resized short side, in (0, 1].
@@ -51,6 +52,7 @@ class Recipe:
         mixup_alpha: Beta parameter of Mixup; 0 turns Mixup off.
         cutmix_alpha: Beta parameter of CutMix; 0 turns CutMix off.
         cutmix_switch: probability of CutMix for a mixed pair when both are on, in [0, 1].
+        detection: sizes and crops of detection views; None for the other geometries, and then not in the JSON form.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Recipe:
     mixup_alpha: float = 0.8
     cutmix_alpha: float = 1.0
     cutmix_switch: float = 0.5
+    detection: DetectionGeometry | None = None
 
     def __post_init__(self) -> None:
         problems = _problems(self)
@@ -97,10 +100,12 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; `from_json` gives back an equal recipe."""
-        return {
-            field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
-            for field in dataclasses.fields(self)
-        }
+        document = _to_json(self)
+        if self.detection is None:
+            del document["detection"]
+        else:
+            document["detection"] = _to_json(self.detection)
+        return document
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "Recipe":
@@ -109,24 +114,43 @@ class Recipe:
         Raises:
             CacheFormatError: a field is missing, unknown or of the wrong type, or its value is out of range.
         """
-        hints = typing.get_type_hints(cls)
-        problems = [f"missing field '{name}'" for name in hints if name not in document]
-        problems += [f"unknown field '{name}'" for name in document if name not in hints]
-        values: dict[str, Any] = {}
-        for name in hints.keys() & document.keys():
-            try:
-                values[name] = _from_json_value(document[name], hints[name])
-            except TypeError as error:
-                problems.append(f"field '{name}': {error}")
+        values, problems = _fields_from_json(cls, {"detection": None, **document})
         if problems:
-            raise CacheFormatError("recipe: " + "; ".join(sorted(problems)) + ". It was written by another version.")
+            raise CacheFormatError("recipe: " + "; ".join(problems) + ". It was written by another version.")
         try:
             return cls(**values)
         except ConfigError as error:
             raise CacheFormatError(str(error)) from error
 
 
+def _to_json(fields: Recipe | DetectionGeometry) -> dict[str, Any]:
+    return {
+        field.name: list(value) if isinstance(value := getattr(fields, field.name), tuple) else value
+        for field in dataclasses.fields(fields)
+    }
+
+
+def _fields_from_json(cls: type, document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The fields of a dataclass, and what is wrong with them."""
+    hints = typing.get_type_hints(cls)
+    problems = [f"missing field '{name}'" for name in hints if name not in document]
+    problems += [f"unknown field '{name}'" for name in document if name not in hints]
+    values: dict[str, Any] = {}
+    for name in hints.keys() & document.keys():
+        try:
+            values[name] = _from_json_value(document[name], hints[name])
+        except TypeError as error:
+            problems.append(f"field '{name}': {error}")
+    return values, sorted(problems)
+
+
 def _from_json_value(value: object, hint: Any) -> Any:
+    if hint == DetectionGeometry | None:
+        return None if value is None else _detection_from_json(value)
+    if hint == tuple[int, ...]:
+        if not isinstance(value, list):
+            raise TypeError(f"found {value!r}, expected a list of whole numbers")
+        return tuple(_from_json_value(item, int) for item in value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
@@ -141,6 +165,15 @@ def _from_json_value(value: object, hint: Any) -> Any:
         return tuple(_from_json_value(item, float) for item in value)
     expected = hint.__name__ if isinstance(hint, type) else str(hint)
     raise TypeError(f"found {value!r}, expected {'two numbers' if typing.get_origin(hint) is tuple else expected}")
+
+
+def _detection_from_json(value: object) -> DetectionGeometry:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"found {value!r}, expected an object")
+    values, problems = _fields_from_json(DetectionGeometry, value)
+    if problems:
+        raise TypeError("; ".join(problems))
+    return DetectionGeometry(**values)
 
 
 def _problems(recipe: Recipe) -> list[str]:
@@ -170,7 +203,28 @@ def _problems(recipe: Recipe) -> list[str]:
     check("magnitude_std", 0.0 <= recipe.magnitude_std < math.inf, "a number from 0")
     for name in ("mixup_alpha", "cutmix_alpha"):
         check(name, 0.0 <= getattr(recipe, name) < math.inf, "a number from 0")
+    if (recipe.detection is not None) != (recipe.geometry == "detection"):
+        found.append(f"geometry: found '{recipe.geometry}', expected 'detection' with sizes and crops, and only there")
+    kernel = "bicubic" if recipe.detection is None else "bilinear"
+    check("interpolation", recipe.interpolation == kernel, f"{kernel} for this geometry")
+    if recipe.detection is not None:
+        found += geometry_problems(recipe.detection)
+        check("size_px", recipe.size_px == max(recipe.detection.scales, default=0), "the largest of scales")
+        check("colour", recipe.colour == "none", "'none': boxes cannot follow colour operations that move pixels")
+        check("erase_probability", recipe.erase_probability == 0.0, "0: views with boxes are not erased")
+        check("mix_probability", recipe.mix_probability == 0.0, "0: views with boxes are not mixed")
     return found
+
+
+def _detection_recipe(name: str, geometry: DetectionGeometry, *, flip_probability: float) -> Recipe:
+    return Recipe(
+        name=name,
+        geometry="detection",
+        size_px=max(geometry.scales, default=1),
+        interpolation="bilinear",
+        flip_probability=flip_probability,
+        detection=geometry,
+    )
 
 
 RECIPES: Mapping[str, Recipe] = types.MappingProxyType(
@@ -179,12 +233,36 @@ RECIPES: Mapping[str, Recipe] = types.MappingProxyType(
         "randaugment": Recipe(name="randaugment", colour="rand_augment", erase_probability=0.25, mix_probability=1.0),
         "crop_flip": Recipe(name="crop_flip"),
         "none": Recipe(name="none", geometry="center_crop", flip_probability=0.0),
+        "vidt": _detection_recipe("vidt", DetectionGeometry(), flip_probability=0.5),
     }
 )
 
 
+def detection_eval_recipe(size_px: int, max_size_px: int, canvas_multiple_px: int) -> Recipe:
+    """The views that a detector is evaluated on: the whole image at one scale, not flipped.
+
+    Args:
+        size_px: short side, pixels; 800 in the reference.
+        max_size_px: bound of the long side, pixels; 1333 in the reference.
+        canvas_multiple_px: sides of a canvas are multiples of this.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+    """
+    geometry = DetectionGeometry(
+        scales=(size_px,),
+        max_size_px=max_size_px,
+        crop_probability=0.0,
+        crop_scales=(),
+        canvas_multiple_px=canvas_multiple_px,
+    )
+    return _detection_recipe("vidt_eval", geometry, flip_probability=0.0)
+
+
 def make_recipe(views: ViewsConfig) -> Recipe:
-    """The recipe that a `[views]` section asks for: the preset with the section's size and mixing.
+    """The recipe that a `[views]` section asks for: the preset with the section's sizes and mixing.
+
+    A detection preset takes `scales` and what follows it from the section, the others `size_px` and the mixing.
 
     Raises:
         ConfigError: no preset of that name, or a value that cannot be drawn from.
@@ -193,6 +271,18 @@ def make_recipe(views: ViewsConfig) -> Recipe:
     if preset is None:
         raise ConfigError(f"[views] recipe: found '{views.recipe}', expected one of {', '.join(RECIPES)}.")
     probability = preset.mix_probability if views.mix_probability is None else views.mix_probability
+    if preset.detection is not None:
+        geometry = DetectionGeometry(
+            scales=views.scales,
+            max_size_px=views.max_size_px,
+            crop_probability=preset.detection.crop_probability if views.crop_scales else 0.0,
+            crop_scales=views.crop_scales,
+            crop_min_px=views.crop_min_px,
+            crop_max_px=views.crop_max_px,
+            canvas_multiple_px=views.canvas_multiple_px,
+        )
+        recipe = _detection_recipe(preset.name, geometry, flip_probability=preset.flip_probability)
+        return dataclasses.replace(recipe, mix_probability=float(probability))
     return dataclasses.replace(
         preset,
         size_px=views.size_px,

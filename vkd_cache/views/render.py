@@ -3,7 +3,7 @@
 A newcomer's trap: the crop is cut out *before* it is resized, so that the resize kernel sees no pixel outside it. The
 order crop, resize, flip, operations, erase is fixed. Blending with a partner comes later, on the device.
 
-Shape legend: H/W height and width of a view (both `Recipe.size_px`).
+Shape legend: H/W height and width of a view (both `Recipe.size_px`, or a detection view's own `view_size`).
 """
 
 import functools
@@ -22,8 +22,9 @@ from vkd_cache.views.recipe import Recipe
 
 Pixels = npt.NDArray[np.uint8]
 
-_KERNEL = Image.Resampling.BICUBIC
+_KERNEL = Image.Resampling.BICUBIC  # of square views
 _KERNEL_RADIUS = 2
+_DETECTION_KERNEL = Image.Resampling.BILINEAR  # the reference's
 _LARGE_CROP_PX = 50_000_000
 _LONG_ASPECT = 32
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -34,7 +35,7 @@ def render_view(image: Image.Image, params: ViewParams, recipe: Recipe) -> Pixel
     """Render one view.
 
     Args:
-        image: RGB, decoded and oriented, of the size that the params were planned for.
+        image: RGB, decoded (and oriented, except for detection), of the size that the params were planned for.
         params: planned, or read back from a cache.
         recipe: geometry and size of the view.
 
@@ -51,7 +52,10 @@ def render_view(image: Image.Image, params: ViewParams, recipe: Recipe) -> Pixel
         )
     view = _crop(image, params.crop)
     side = recipe.size_px
-    if recipe.geometry == "center_crop":
+    if recipe.geometry == "detection":
+        height, width = params.view_size
+        view = view.resize((width, height), _DETECTION_KERNEL)
+    elif recipe.geometry == "center_crop":
         view = _centre(view, side, round(side / recipe.crop_fraction))
     else:
         view = view.resize((side, side), _KERNEL)
