@@ -84,14 +84,7 @@ class FolderSource:
         """The encoded image of sample `row` of shard `shard`; see `Source`."""
         suffix = self._suffixes[self._suffix_ids[self._packed.sample(shard, row)]]
         key = self.shards[shard].keys[row]
-        path = Path(f"{self._root}/{key}{suffix}")
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise SourceError(
-                f"{path}: cannot be read ({error.strerror}); it was there when {self.location} was scanned. "
-                "Restore it, and start again: samples are never dropped silently."
-            ) from error
+        return read_image(Path(f"{self._root}/{key}{suffix}"), self.location)
 
     def _scan(self, root: Path, folders: Sequence[str], names: Sequence[str]) -> "_Columns":
         findings = Findings(str(root))
@@ -140,6 +133,31 @@ class FolderSource:
 
 
 _Columns = tuple[list[bytes], "array[int]", list[str]]
+
+
+def read_image(path: Path, location: str) -> bytes:
+    """The bytes of a file that was there when `location` was scanned.
+
+    Raises:
+        SourceError: it is there no more, or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SourceError(
+            f"{path}: cannot be read ({error.strerror}); it was there when {location} was scanned. "
+            "Restore it, and start again: samples are never dropped silently."
+        ) from error
+
+
+def file_names(folder: Path) -> set[str]:
+    """Names of the files in `folder`, and of links to files.
+
+    Raises:
+        SourceError: `folder` cannot be listed.
+    """
+    with _listing(str(folder)) as entries:
+        return {entry.name for entry in entries if _is_file(entry)}
 
 
 def class_folders(root: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,22 +11,25 @@ import braceexpand
 
 from vkd_cache.errors import SourceError
 from vkd_cache.runtime import expand_home
+from vkd_cache.sources.coco import CocoSource
 from vkd_cache.sources.findings import first_few
 from vkd_cache.sources.folder import FolderSource, class_folders, image_files
 from vkd_cache.sources.shard import Source
 from vkd_cache.sources.tars import TarSource
 
 _SPLITS = ("train", "val", "test")
+_COCO_FOLDER = re.compile(r"(train|val)20\d\d")
 
 
 def open_source(spec: str, *, split: str = "train", shard_size: int = 1024) -> Source:
     """Open and index a data set.
 
     Args:
-        spec: a folder of classes; a folder with train/ and val/; a folder of tars; or one tar, or a brace or glob
-            pattern of tars.
-        split: which of train/ and val/, where the folder has them; without effect on the other forms.
-        shard_size: samples per shard of a folder source; tar shards keep their own.
+        spec: a folder of classes; a folder with train/ and val/; COCO's folder, with annotations/; a folder of tars;
+            or one tar, or a brace or glob pattern of tars.
+        split: which of train/ and val/, or of COCO's splits, where the folder has them; without effect on the other
+            forms.
+        shard_size: samples per shard of a folder or COCO source; tar shards keep their own.
 
     Raises:
         SourceError: nothing is there, or the data set cannot be used as it is; see `docs/sources.md`.
@@ -42,18 +46,21 @@ def open_source(spec: str, *, split: str = "train", shard_size: int = 1024) -> S
     found = "a file that is not a .tar" if root.exists() else "nothing"
     raise SourceError(
         f"{spec}: found {found} there, expected a folder of classes (root/class/image.jpg), a folder with train/ and "
-        "val/, or a pattern of .tar shards. Check the path."
+        "val/, COCO's folder (with annotations/), or a pattern of .tar shards. Check the path."
     )
 
 
 def validation_beside(spec: str) -> str | None:
     """Where the validation split lies when only the training split is given: to be opened with `split="val"`.
 
-    The folder itself when it holds train/ and val/; `val` beside a folder named train; None for anything else.
+    The folder itself when it holds train/ and val/, or COCO's annotations of a validation split; `val` beside a folder
+    named train; None for anything else.
     """
     root = Path(expand_home(spec))
     if not spec or not root.is_dir():
         return None
+    if _is_coco_layout(root):
+        return spec if _annotation_files(root, "val") else None
     if _is_split_layout(root) and (root / "val").is_dir():
         return spec
     beside = Path(os.path.abspath(root)).parent / "val"  # noqa: PTH100 - of the name given, not of a link's target
@@ -98,6 +105,13 @@ def _expand_glob(part: str) -> Iterator[str]:
 
 
 def _open_folder(root: Path, spec: str, split: str, shard_size: int) -> Source:
+    if _is_coco_layout(root):
+        return _open_coco(root, spec, split, shard_size)
+    if (root.absolute().parent / "annotations" / f"instances_{root.absolute().name}.json").is_file():
+        raise SourceError(
+            f"{spec}: one folder of images of a COCO layout, expected the folder above it, which holds annotations/. "
+            f"Give {root.absolute().parent}."
+        )
     class_names = None
     if _is_split_layout(root):
         folder = root / split
@@ -115,6 +129,41 @@ def _open_folder(root: Path, spec: str, split: str, shard_size: int) -> Source:
     if tars and not folders:
         return TarSource(tars, location=spec)
     return FolderSource(root, shard_size=shard_size, location=spec, class_names=class_names)
+
+
+def _annotation_files(root: Path, split: str = "") -> list[Path]:
+    return sorted((root / "annotations").glob(f"instances_{split}*.json"))
+
+
+def _is_coco_layout(root: Path) -> bool:
+    """Whether `root` has COCO's annotation files, or folders called like COCO's, which cannot be meant as classes."""
+    return bool(_annotation_files(root)) or any(_COCO_FOLDER.fullmatch(name) for name in class_folders(root))
+
+
+def _open_coco(root: Path, spec: str, split: str, shard_size: int) -> CocoSource:
+    """The split whose annotation file is annotations/instances_<split><rest>.json, with images in <split><rest>/.
+
+    Raises:
+        SourceError: no such file, more than one, no folder for it, or anything that `CocoSource` raises.
+    """
+    found = _annotation_files(root, split)
+    wanted = f"annotations/instances_{split}*.json"
+    if not found:
+        there = first_few([f"annotations/{path.name}" for path in _annotation_files(root)]) or "no annotation file"
+        raise SourceError(
+            f"{spec}: no {wanted} there, found {there}. Download COCO's annotations (annotations_trainval2017.zip), "
+            "or write one for these images."
+        )
+    if len(found) > 1:
+        names = first_few([path.name for path in found])
+        raise SourceError(f"{spec}: {len(found)} files {wanted}: {names}, expected one. Move the others away.")
+    images = root / found[0].stem.removeprefix("instances_")
+    if not images.is_dir():
+        raise SourceError(
+            f"{spec}: annotations/{found[0].name} is there, but not the folder of its images, {images.name}/. "
+            "Download or link it, or name the annotation file after the folder."
+        )
+    return CocoSource(found[0], images, shard_size=shard_size, location=spec)
 
 
 def _is_split_layout(root: Path) -> bool:

@@ -16,9 +16,9 @@ class Shard:
     """A fixed, ordered group of samples.
 
     Attributes:
-        name: what a user calls it: the tar's file name, or `block-000012` of a folder source.
+        name: what a user calls it: the tar's file name, or `block-000012` of a folder or COCO source.
         keys: n keys, unique over the whole source.
-        labels: (n,) uint32 class indices.
+        labels: (n,) uint32 class indices; digests of what is annotated about each image in a COCO source.
     """
 
     name: str
@@ -30,9 +30,9 @@ class Source(Protocol):
     """A data set, opened and indexed. Picklable: worker processes get a copy.
 
     Attributes:
-        kind: `folder` or `tar`.
+        kind: `folder`, `tar` or `coco`.
         location: what the user gave, for messages; never part of the identity.
-        num_classes: one more than the largest label, or the number of class folders.
+        num_classes: one more than the largest label or category id, or the number of class folders.
         class_names: one name a class, where the layout has them.
         shards: all shards, in order.
     """
@@ -57,7 +57,7 @@ class SourceIdentity:
     """What makes two sources the same data set, wherever their roots lie.
 
     Attributes:
-        kind: `folder` or `tar`.
+        kind: `folder`, `tar` or `coco`.
         num_classes: number of classes.
         shard_counts: samples per shard.
         shard_hashes: per shard, xxh3_128 hex of its keys and labels in order.
