@@ -204,11 +204,20 @@ class TrainConfig:
 class EvalConfig:
     """How a model is evaluated."""
 
-    batch_size: int = option(128, "samples per batch", minimum=1)
+    batch_size: int = option(0, "samples per batch; 0: 128, or 8 for detection", minimum=0)
     workers: int = option(2, "processes that decode; 0: in the main process", minimum=0)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     crop_fraction: float = option(
         0.875, "side of the centre crop over the resized short side (224 of 256)", minimum=0.05, maximum=1.0
+    )
+    size_px: int = option(
+        0, "detection: short side of an image, pixels; 0: the largest of [views] scales", minimum=0, maximum=4096
+    )
+    max_size_px: int = option(
+        0, "detection: bound of the long side, pixels; 0: that of [views]", minimum=0, maximum=8192
+    )
+    output: str = option(
+        "", "detection: directory for detections.json and detections.png; empty: beside the weights"
     )
 
 

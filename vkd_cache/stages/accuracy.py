@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from vkd_cache.students import Student
 from vkd_cache.views.blend import normalise
 from vkd_cache.views.recipe import RECIPES, Recipe
 
+BATCH_SIZE = 128  # where the configuration leaves it to us
 _SHOWN_BROKEN = 3
 
 
@@ -94,7 +95,7 @@ def accuracy_of(
     side_px = getattr(model, "input_px", config.views.size_px)
     renderer = Renderer(source, _recipe(config, side_px), seed=0)
     shard, row = _own_samples(source, split)
-    size = config.eval.batch_size
+    size = config.eval.batch_size or BATCH_SIZE
     tasks = [
         RenderTask(tag=None, shard=shard[start : start + size], row=row[start : start + size], view=0)
         for start in range(0, len(row), size)
@@ -102,7 +103,7 @@ def accuracy_of(
     workers = min(config.eval.workers, len(tasks))
     counted, broken = TopK(), []
     loader = render_loader(renderer, tasks, workers=workers, pin_memory=device.type == "cuda")
-    with _evaluating(model), console.track(f"evaluate {name}", len(row)) as progress:
+    with evaluating(model), console.track(f"evaluate {name}", len(row)) as progress:
         for batch, pixels in ahead_on_device(loader, device):
             if between is not None:
                 between()
@@ -114,10 +115,7 @@ def accuracy_of(
                 images = mixed_images(pixels, None)[decoded.to(device)]
                 counted += top_k(_logits(model, images), batch.label[decoded].to(device))
             progress.advance(len(batch.row))
-    if broken:
-        shown = "; ".join(f"{key} ({reason})" for key, reason in broken[:_SHOWN_BROKEN])
-        more = ", ..." if len(broken) > _SHOWN_BROKEN else ""
-        console.warn(f"{source.location}: {len(broken)} broken images are not counted: {shown}{more}")
+    warn_of_broken(source, broken, "are not counted")
     total, num_broken = summed_counts(counted, len(broken), split, device)
     if total.count == 0:
         raise SourceError(f"{source.location}: none of its {num_broken} images can be decoded, nothing to evaluate.")
@@ -166,8 +164,16 @@ def summed_counts(counted: TopK, num_broken: int, split: JobSplit, device: torch
     return TopK.from_tensor(sums[:-1]), int(sums[-1])
 
 
+def warn_of_broken(source: Source, broken: Sequence[tuple[str, str]], what_happens: str) -> None:
+    """Say which images, as (key, reason), could not be decoded, and what becomes of them; nothing if there are none."""
+    if broken:
+        shown = "; ".join(f"{key} ({reason})" for key, reason in broken[:_SHOWN_BROKEN])
+        more = ", ..." if len(broken) > _SHOWN_BROKEN else ""
+        console.warn(f"{source.location}: {len(broken)} broken images {what_happens}: {shown}{more}")
+
+
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """In evaluation mode, and with the global generator (a loader draws from it) untouched."""
     was_training = model.training
     model.eval()
