@@ -4,7 +4,7 @@ One task is one batch. A worker reads, decodes, plans (or replays stored params)
 result depends on which worker does it or when. Mixing is *not* done here: a batch carries the unmixed 8-bit views, both
 members of a pair together, and `vkd_cache.views.blend` mixes them on the device.
 
-Shape legend: b samples of a batch, H = W = the recipe's size in pixels.
+Shape legend: b samples of a batch, H = W = the recipe's size in pixels; detection: H and W have room for every canvas.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -27,6 +27,8 @@ import torch
 from vkd_cache.errors import BrokenImageError, CorruptCacheError, SourceError, VkdCacheError
 from vkd_cache.runtime import library_versions
 from vkd_cache.sources import Source
+from vkd_cache.stages.layout import ViewLayout, detection_source, layout_of
+from vkd_cache.views.boxes import ViewBoxes
 from vkd_cache.views.decode import decode_image
 from vkd_cache.views.mixing import drop_partners
 from vkd_cache.views.params import Columns, MixPlan, ViewParams, params_from_columns, params_to_columns
@@ -66,12 +68,16 @@ class RenderedBatch:
 
     Attributes:
         tag, shard, row, view: as in the task.
-        pixels: (b, H, W, 3) uint8; zeros where the image is broken.
-        label: (b,) int64.
+        pixels: (b, H, W, 3) uint8; zeros where the image is broken, and outside the view of a detection image.
+        label: (b,) int64 class; detection: what `Shard.labels` has.
         ok: (b,) bool; False where the image is broken.
         broken: (position, reason) of the broken images.
         mix: the task's mixing, with the partners of broken images unmixed.
         columns: param columns of all b rows and `digest` (b,) uint64; rows of broken images hold zeros.
+        view_size: detection: (b, 2) int64 (height, width) of each view, in the top left corner of `pixels`; those of
+            broken images too.
+        canvas: detection: (b, 2) int64 (height, width) of each view's canvas.
+        boxes: detection: what there is to find in each view.
         error: what stopped the task, if anything did; then the arrays mean nothing.
     """
 
@@ -85,6 +91,9 @@ class RenderedBatch:
     broken: list[tuple[int, str]]
     mix: MixPlan | None
     columns: dict[str, npt.NDArray[np.generic]]
+    view_size: npt.NDArray[np.int64] | None = None
+    canvas: npt.NDArray[np.int64] | None = None
+    boxes: list[ViewBoxes] | None = None
     error: VkdCacheError | None = None
 
     def pin_memory(self) -> "RenderedBatch":
@@ -93,23 +102,55 @@ class RenderedBatch:
         return self
 
 
+def keep_rows(rendered: RenderedBatch, keep: npt.NDArray[np.integer]) -> None:
+    """Leave only some rows, in the order given; both members of a mixed pair must be among them, or neither.
+
+    The canvases do not change, so `pixels` keeps its height and width.
+
+    Args:
+        rendered: changed in place; `broken` stays as it is.
+        keep: positions, all different.
+    """
+    chosen = torch.from_numpy(np.asarray(keep, np.int64))
+    rendered.pixels, rendered.label = rendered.pixels[chosen], rendered.label[chosen]
+    if rendered.mix is not None:
+        where = np.zeros(len(rendered.ok), np.uint32)
+        where[keep] = np.arange(len(keep))
+        mix = rendered.mix
+        rendered.mix = MixPlan(
+            partner=where[mix.partner[keep]], kind=mix.kind[keep], lam=mix.lam[keep], box=mix.box[keep]
+        )
+    rendered.shard, rendered.row, rendered.ok = rendered.shard[keep], rendered.row[keep], rendered.ok[keep]
+    rendered.columns = {name: values[keep] for name, values in rendered.columns.items()}
+    if rendered.view_size is not None and rendered.canvas is not None and rendered.boxes is not None:
+        rendered.view_size, rendered.canvas = rendered.view_size[keep], rendered.canvas[keep]
+        rendered.boxes = [rendered.boxes[position] for position in keep.tolist()]
+
+
 class Renderer(torch.utils.data.Dataset[RenderedBatch]):
     """Renders tasks of one source under one recipe and cache seed; the loader's workers hold a copy each."""
 
     def __init__(
         self, source: Source, recipe: Recipe, seed: int, *, made_with: Mapping[str, str] | None = None
     ) -> None:
-        """`made_with`: library versions of the cache whose views are replayed, for messages."""
+        """`made_with`: library versions of the cache whose views are replayed, for messages.
+
+        Raises:
+            ConfigError: the recipe is not for this kind of data.
+        """
         self.source = source
+        self._boxed = detection_source(source, recipe)
         self.recipe = recipe
         self.seed = seed
         self._made_with = made_with
 
     def __getitem__(self, task: RenderTask) -> RenderedBatch:
         """Render one task; an error is returned in the batch, because a loader would bury its message."""
-        size = self.recipe.size_px
         count = len(task.row)
-        pixels = np.zeros((count, size, size, 3), np.uint8)
+        known = [self._known_params(task, position) for position in range(count)]
+        layout = self._layout(task, known)
+        frame = (self.recipe.size_px, self.recipe.size_px) if layout is None else layout.frame
+        pixels = np.zeros((count, *frame, 3), np.uint8)
         params: list[ViewParams] = []
         digests = np.zeros(count, np.uint64)
         broken: list[tuple[int, str]] = []
@@ -117,8 +158,9 @@ class Renderer(torch.utils.data.Dataset[RenderedBatch]):
         try:
             for position in range(count):
                 try:
-                    view_params, pixels[position] = self._render(task, position)
-                    digests[position] = pixel_digest(pixels[position])
+                    view_params, content = self._render(task, position, known[position])
+                    digests[position] = pixel_digest(content)
+                    pixels[position, : content.shape[0], : content.shape[1]] = content
                     self._check_digest(task, position, int(digests[position]))
                 except BrokenImageError as reason:
                     broken.append((position, str(reason)))
@@ -144,26 +186,47 @@ class Renderer(torch.utils.data.Dataset[RenderedBatch]):
             ok=ok,
             broken=broken,
             mix=mix,
-            columns=params_to_columns(params, self.recipe.max_ops) | {"digest": digests},
+            columns=params_to_columns(params, self.recipe.max_ops, sized=layout is not None) | {"digest": digests},
+            view_size=None if layout is None else layout.view_size,
+            canvas=None if layout is None else layout.canvas,
+            boxes=None if layout is None else layout.boxes,
             error=error,
         )
 
-    def _render(self, task: RenderTask, position: int) -> tuple[ViewParams, npt.NDArray[np.uint8]]:
+    def _known_params(self, task: RenderTask, position: int) -> ViewParams | None:
+        """What is known of a view before its image is read: all of it, unless the image's size must be seen first."""
+        if task.params is not None:
+            return params_from_columns(task.params, position)
+        if self._boxed is None:
+            return None
         shard, row = int(task.shard[position]), int(task.row[position])
-        image = decode_image(self.source.read(shard, row))
-        if task.params is None:
-            key = self.source.shards[shard].keys[row]
-            params = plan_view(
-                self.recipe, self.seed, key, task.view, width_px=image.width, height_px=image.height
+        return self._plan(shard, row, task.view, self._boxed.image_size(shard, row))
+
+    def _plan(self, shard: int, row: int, view: int, size: tuple[int, int]) -> ViewParams:
+        key = self.source.shards[shard].keys[row]
+        return plan_view(self.recipe, self.seed, key, view, width_px=size[0], height_px=size[1])
+
+    def _layout(self, task: RenderTask, known: Sequence[ViewParams | None]) -> ViewLayout | None:
+        if self._boxed is None:
+            return None
+        params = [view for view in known if view is not None]
+        return layout_of(self._boxed, self.recipe, task.shard, task.row, params)
+
+    def _render(
+        self, task: RenderTask, position: int, params: ViewParams | None
+    ) -> tuple[ViewParams, npt.NDArray[np.uint8]]:
+        shard, row = int(task.shard[position]), int(task.row[position])
+        image = decode_image(self.source.read(shard, row), oriented=self._boxed is None)
+        if params is None:
+            params = self._plan(shard, row, task.view, image.size)
+        found, expected = (f"{width}x{height}" for width, height in (image.size, params.source_size))
+        if found != expected:
+            if task.params is None:
+                raise BrokenImageError(f"image of {found} pixels, {expected} in the annotation file")
+            raise CorruptCacheError(
+                f"{self.source.location}: image of key '{self.source.shards[shard].keys[row]}', view {task.view}, "
+                f"is {found} pixels, the teacher saw one of {expected}. {self._what_changed()}"
             )
-        else:
-            params = params_from_columns(task.params, position)
-            if params.source_size != image.size:
-                raise CorruptCacheError(
-                    f"{self.source.location}: image of key '{self.source.shards[shard].keys[row]}', view {task.view}, "
-                    f"is {image.width}x{image.height} pixels, the teacher saw one of "
-                    f"{params.source_size[0]}x{params.source_size[1]}. {self._what_changed()}"
-                )
         return params, render_view(image, params, self.recipe)
 
     def _check_digest(self, task: RenderTask, position: int, digest: int) -> None:

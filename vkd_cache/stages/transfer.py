@@ -1,19 +1,23 @@
-"""From rendered batches on the host to mixed images on the device.
+"""From rendered batches on the host to what a network takes on the device: mixed images, or images on canvases.
 
 A GPU copies the next batch while it works on this one: the copy runs on its own stream, from pinned memory. On a CPU
 nothing is copied.
 
-Shape legend: b samples, H = W = view size in pixels.
+Shape legend: b samples, H/W height and width of a view, or of the batch's largest canvas.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from vkd_cache.views.blend import mix_pixels
 from vkd_cache.views.params import MixPlan
+
+if TYPE_CHECKING:  # classification needs neither the detector nor scipy
+    from vkd_cache.detection.canvas import CanvasBatch
 
 
 class HasPixels(Protocol):
@@ -23,6 +27,14 @@ class HasPixels(Protocol):
     def pixels(self) -> torch.Tensor:
         """The views."""
         ...
+
+
+class HasViews(Protocol):
+    """What a rendered batch says about its views besides their pixels."""
+
+    mix: MixPlan | None
+    view_size: npt.NDArray[np.int64] | None
+    canvas: npt.NDArray[np.int64] | None
 
 
 Batch = TypeVar("Batch", bound=HasPixels)
@@ -69,3 +81,30 @@ def mixed_images(pixels: torch.Tensor, mix: MixPlan | None) -> torch.Tensor:
         torch.from_numpy(mix.lam).to(device, non_blocking=True),
         torch.from_numpy(mix.box.astype(np.int64)).to(device, non_blocking=True),
     )
+
+
+def canvas_batch(batch: HasViews, pixels: torch.Tensor) -> "CanvasBatch":
+    """A detection batch as a detector takes it: float32 in [0, 1], zero outside the views.
+
+    Args:
+        batch: of a detection source.
+        pixels: its (b, H, W, 3) uint8 views on the device.
+
+    Raises:
+        ValueError: the batch is one of classification.
+    """
+    from vkd_cache.detection.canvas import CanvasBatch
+
+    if batch.view_size is None or batch.canvas is None:
+        raise ValueError("canvas_batch: found views without sizes, expected those of a detection source.")
+    return CanvasBatch(images=mixed_images(pixels, None), view_size=batch.view_size, canvas=batch.canvas)
+
+
+def model_input(batch: HasViews, pixels: torch.Tensor) -> "torch.Tensor | CanvasBatch":
+    """What a network takes: (b, 3, H, W) float32 images in [0, 1], mixed; detection: a `CanvasBatch`.
+
+    Args:
+        batch: a rendered batch.
+        pixels: its (b, H, W, 3) uint8 views on the device.
+    """
+    return mixed_images(pixels, batch.mix) if batch.view_size is None else canvas_batch(batch, pixels)
