@@ -33,6 +33,7 @@ __all__ = [
     "mix_targets",
     "normalise_features",
     "soft_cross_entropy",
+    "token_distance",
     "whitening_statistics",
 ]
 
@@ -51,28 +52,40 @@ class DistillationOutput(Protocol):
     def projected(self) -> Tensor | None: ...
 
 
+def _smooth_l1(student: Tensor, target: Tensor) -> Tensor:
+    return F.smooth_l1_loss(student, target, reduction="none").mean(-1)
+
+
+def _l2(student: Tensor, target: Tensor) -> Tensor:
+    return (student - target).square().mean(-1)
+
+
+def _l1(student: Tensor, target: Tensor) -> Tensor:
+    return (student - target).abs().mean(-1)
+
+
 def _cosine(student: Tensor, target: Tensor) -> Tensor:
-    return (1 - F.cosine_similarity(student, target, dim=-1)).mean()
+    return 1 - F.cosine_similarity(student, target, dim=-1)
 
 
 def _log_sum(student: Tensor, target: Tensor) -> Tensor:
-    return ((student - target).abs().pow(LOG_SUM_POWER).sum(-1) + _LOG_SUM_FLOOR).log().mean()
+    return ((student - target).abs().pow(LOG_SUM_POWER).sum(-1) + _LOG_SUM_FLOOR).log()
 
 
-FEATURE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "smooth_l1": F.smooth_l1_loss,
-    "l2": F.mse_loss,
-    "l1": F.l1_loss,
+FEATURE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of each position
+    "smooth_l1": _smooth_l1,
+    "l2": _l2,
+    "l1": _l1,
     "cosine": _cosine,
     "log_sum": _log_sum,
 }
 
 
-def feature_loss(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The distance (student (..., C), target (..., C)) -> scalar of that name.
+def token_distance(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The distance (student (..., C), target (..., C)) -> (...) of that name, of each position.
 
-    `smooth_l1` (beta 1), `l2` and `l1` are means over all numbers; `cosine` is 1 - cosine, `log_sum` the logarithm
-    of the sum over channels of |difference|^4, both averaged over positions.
+    `smooth_l1` (beta 1), `l2` and `l1` are means over channels; `cosine` is 1 - cosine, `log_sum` the logarithm of the
+    sum over channels of |difference|^4.
 
     Raises:
         ConfigError: unknown name.
@@ -80,6 +93,16 @@ def feature_loss(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
     if kind not in FEATURE_LOSSES:
         raise ConfigError(f"feature_loss: found '{kind}', expected one of {', '.join(FEATURE_LOSSES)}.")
     return FEATURE_LOSSES[kind]
+
+
+def feature_loss(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The mean of `token_distance` over all positions: (student (..., C), target (..., C)) -> scalar.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    distance = token_distance(kind)
+    return lambda student, target: distance(student, target).mean()
 
 
 def logit_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

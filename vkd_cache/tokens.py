@@ -126,6 +126,11 @@ def tokens_from_sequences(sequences: Tensor, grid: tuple[int, int]) -> Tokens:
     return _tokens(list(sequences), np.tile(np.array(grid, np.int64), (len(sequences), 1)))
 
 
+def tokens_from_rows(rows: Tensor, grid: npt.NDArray[np.int64]) -> Tokens:
+    """Valid tokens (T, C) that already lie end to end, image i having grid[i, 0] * grid[i, 1] of them."""
+    return _tokens(torch.split(rows, (grid[:, 0] * grid[:, 1]).tolist()), grid, rows)
+
+
 def join_tokens(parts: Sequence[Tokens]) -> Tokens:
     """The tokens of several batches end to end; either all of them are samples, or none is."""
     first = parts[0]
@@ -142,15 +147,15 @@ def join_tokens(parts: Sequence[Tokens]) -> Tokens:
     )
 
 
-def _tokens(parts: Sequence[Tensor], grid: npt.NDArray[np.int64]) -> Tokens:
+def _tokens(parts: Sequence[Tensor], grid: npt.NDArray[np.int64], rows: Tensor | None = None) -> Tokens:
     # float64: a float32 sum over 10,000 tokens is right to four digits only where the mean outweighs the spread
-    exact = [part.detach().double() for part in parts]
+    plain = [part.detach() for part in parts]
     return Tokens(
-        values=torch.cat(list(parts)),
+        values=torch.cat(list(parts)) if rows is None else rows,
         grid=grid,
         offsets=_ends(grid[:, 0] * grid[:, 1]),
-        total=torch.stack([part.sum(0) for part in exact]).float(),
-        squares=torch.stack([part.square().sum(0) for part in exact]).float(),
+        total=torch.stack([part.sum(0, dtype=torch.float64) for part in plain]).float(),
+        squares=torch.stack([part.double().square().sum(0) for part in plain]).float(),
     )
 
 
