@@ -282,11 +282,11 @@ def test_students_of_all_kinds(
         train={"epochs": 1, "batch_size": 30, "output": str(tmp_path)},
     )
     summary = run(config)
-    assert summary.steps == 2 and summary.top1 is not None
+    assert summary.steps == 2 and summary.score is not None
     names = weights(tmp_path)
     assert any("head_dist" in name for name in names) == (heads == 2)
     (result,) = evaluate(config, EvalRequest(checkpoint=str(tmp_path / "last.pt")), JobSplit())
-    assert result.top1 == summary.top1
+    assert result.top1 == summary.score
 
 
 @pytest.mark.parametrize("off", ["task_weight", "feature_weight", "logit_weight"])
@@ -370,9 +370,9 @@ def test_whitening_takes_its_statistics_from_the_cache(tiny_config: Build, small
         tiny_config(cache={"url": str(small_cache)}, loss=whiten, train=SHORT | {"output": str(tmp_path)}), JobSplit()
     )
     learner = run.learner(run.supply(live=False))
-    assert learner.loss.whitening is not None
+    assert learner.task.loss.whitening is not None
     features = torch.cat([run.cached.read(shard, 0).node("pooled").float() for shard in range(5)])
-    white = (features - learner.loss.whitening.mean) @ learner.loss.whitening.matrix
+    white = (features - learner.task.loss.whitening.mean) @ learner.task.loss.whitening.matrix
     alive = torch.linalg.matrix_rank(torch.cov(features.mT)).item()
     assert torch.linalg.matrix_norm(torch.cov(white.mT)).item() == pytest.approx(math.sqrt(alive), rel=0.05)
     live = {"live_teacher": True, "output": str(tmp_path)}
@@ -391,16 +391,16 @@ def test_best_and_last_differ(tiny_config: Build, small_cache: Path, tmp_path: P
     )
     summary = run(config)
     evaluations = log(tmp_path, "eval")
-    assert len(evaluations) == 5 and summary.top1 == evaluations[-1]["top1"]
+    assert len(evaluations) == 5 and summary.score == evaluations[-1]["top1"]
     scores = [max(line["top1"], line["ema_top1"]) for line in evaluations]
-    assert summary.best_top1 == max(scores)
+    assert summary.best_score == max(scores)
     best = read_checkpoint(tmp_path / "best.pt")["standing"]
     assert best["step"] == evaluations[scores.index(max(scores))]["step"]
     results = [
         evaluate(config, EvalRequest(checkpoint=str(tmp_path / "best.pt"), ema=ema), JobSplit())[0].top1
         for ema in (False, True)
     ]
-    assert max(results) == summary.best_top1
+    assert max(results) == summary.best_score
     assert list((tmp_path / "tensorboard").iterdir())
 
 

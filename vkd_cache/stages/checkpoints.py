@@ -16,7 +16,7 @@ from vkd_cache.runtime import expand_home, write_atomic
 from vkd_cache.students.checkpoint import read_torch_file
 from vkd_cache.weights import CHECKPOINT_FORMAT
 
-VERSION = 1
+VERSION = 2  # 1: standing held accuracies by name
 LAST, BEST = "last.pt", "best.pt"
 
 # What may change between a run and its continuation without changing the result.

@@ -25,10 +25,10 @@ from vkd_cache.optim import cosine_lr
 from vkd_cache.runtime import JobSplit, hardware, library_versions, write_atomic
 from vkd_cache.stages.feed import FedBatch
 from vkd_cache.stages.journal import draw_curves
-from vkd_cache.stages.learner import TERMS, Learner, step_seed
+from vkd_cache.stages.learner import Learner, step_seed
 from vkd_cache.stages.run import Run, prepare_run
 from vkd_cache.stages.supply import LiveTeacher, Supply
-from vkd_cache.stages.transfer import ahead_on_device, mixed_images
+from vkd_cache.stages.transfer import ahead_on_device
 
 _SAME_TEACHER = ("weights_sha256", "input_px", "mean", "std", "interpolation")  # what makes it one function
 
@@ -72,8 +72,10 @@ class CompareReport:
 
     def to_json(self) -> dict[str, Any]:
         """Both comparisons in short, plain JSON; `curves` has every step."""
-        terms = [name for name in TERMS if name in self.lockstep]
-        gaps = [{"gap of": f"{name} loss"} | _spread(self.lockstep[name]) | {"bound": self.bound} for name in terms]
+        gaps = [
+            {"gap of": f"{name} loss"} | _spread(values) | {"bound": self.bound}
+            for name, values in self.lockstep.items()
+        ]
         return {
             "steps": self.steps,
             "codecs": self.codecs,
@@ -83,7 +85,7 @@ class CompareReport:
             "gradient_cosine": min(self.gradient_cosine, default=None),
             "free_running": [
                 {"loss at the end": name, "cached": _tail(self.cached[name]), "live": _tail(self.live[name])}
-                for name in terms
+                for name in self.lockstep
             ],
         }
 
@@ -175,13 +177,12 @@ def _lockstep(
     gradient, cosine = [], []
     with console.track("compare: lockstep", steps, "steps") as progress:
         for step, batch, pixels in _batches(run, cached, steps):
-            images = mixed_images(pixels, batch.rendered.mix)
+            images = learner.task.images(batch, pixels)
             learner.model.train()
             torch.manual_seed(step_seed(run.config.train.seed, step, 0))
             outputs = learner.outputs(images)
-            targets = learner.targets(batch)
-            both = [learner.loss(outputs, targets, *supply(batch, images)) for supply in (live, cached)]
-            for name in both[0]:
+            both = [learner.task.losses(outputs, batch, supply(batch, images)) for supply in (live, cached)]
+            for name in (name for name in learner.task.terms if name in both[0]):
                 reference, value = (float(terms[name].detach()) for terms in both)
                 gaps.setdefault(name, []).append(abs(value - reference) / max(abs(reference), 1e-12))
             live_gradient = _gradient(learner, both[0]["total"], keep_graph=True)

@@ -133,7 +133,7 @@ def fit_teacher(config: Config) -> TrainResult:
     if summary.interrupted:
         raise KeyboardInterrupt
     return TrainResult(
-        top1=summary.top1 or 0.0,
+        top1=summary.score or 0.0,
         steps=summary.steps,
         seconds=summary.seconds,
         cpu_seconds=time.process_time(),

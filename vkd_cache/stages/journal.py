@@ -12,9 +12,11 @@ from typing import Any
 
 from vkd_cache.errors import ConfigError
 from vkd_cache.runtime import write_atomic
+from vkd_cache.stages.task import METRIC_LABELS
 
 LOG_NAME = "log.jsonl"
 CURVES_NAME = "curves.png"
+_NO_TERMS = ("kind", "step", "epoch", "lr", "samples_per_s")  # of a step's line; all others are loss terms
 
 
 class Journal:
@@ -74,7 +76,7 @@ def _tensorboard_writer(output: Path, upto_step: int) -> Any:
 
 
 def draw_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> None:
-    """A PNG of the loss terms and of the top-1 accuracy over steps, one colour a run.
+    """A PNG of the loss terms and of the watched metric over steps, one colour a run.
 
     Args:
         path: the file to write.
@@ -86,10 +88,8 @@ def draw_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], tit
     mpl.use("Agg")
     from matplotlib.figure import Figure
 
-    terms = [term for term in ("total", "task", "feature", "logit") if _points(runs, "step", term)]
-    panels = [("step", term) for term in terms]
-    if _points(runs, "eval", "top1"):
-        panels.append(("eval", "top1"))
+    panels = [("step", term) for term in _names(runs, "step") if term not in _NO_TERMS]
+    panels += [("eval", name) for name in _names(runs, "eval") if name in METRIC_LABELS]
     figure = Figure(figsize=(4.2 * max(1, len(panels)), 3.4), layout="constrained")
     figure.suptitle(title)
     for number, (kind, name) in enumerate(panels, start=1):
@@ -98,7 +98,7 @@ def draw_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], tit
             points = [(line["step"], line[name]) for line in lines if line["kind"] == kind and name in line]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 12 else "", markersize=3)
-        axes.set_title("top-1 accuracy, %" if name == "top1" else f"{name} loss")
+        axes.set_title(f"{METRIC_LABELS[name]}, %" if kind == "eval" else f"{name} loss")
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -107,5 +107,7 @@ def draw_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], tit
     figure.savefig(path, dpi=110)
 
 
-def _points(runs: Mapping[str, Sequence[Mapping[str, Any]]], kind: str, name: str) -> bool:
-    return any(line["kind"] == kind and name in line for lines in runs.values() for line in lines)
+def _names(runs: Mapping[str, Sequence[Mapping[str, Any]]], kind: str) -> list[str]:
+    """What lines of that kind hold, in the order of their first appearance."""
+    chosen = (line for lines in runs.values() for line in lines if line["kind"] == kind)
+    return list(dict.fromkeys(name for line in chosen for name in line))

@@ -1,4 +1,4 @@
-"""The student while it learns: model, losses, optimizer, scaler and average, and one optimizer step over them.
+"""The student while it learns: model, optimizer, scaler and average, and one optimizer step over them.
 
 Student and projector are one module and a step calls it once per batch, through DDP where there are several
 processes, so gradients are averaged. Randomness inside the model (stochastic depth, dropout) is seeded anew at every
@@ -17,18 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from vkd_cache.config import Config
-from vkd_cache.losses import VkdLoss, mix_targets
-from vkd_cache.normalisation import Whitening
 from vkd_cache.optim import make_ema, parameter_groups
 from vkd_cache.stages.feed import FedBatch
 from vkd_cache.stages.ranks import broadcast_first, summed
-from vkd_cache.stages.supply import Supply, TeacherOutput
-from vkd_cache.stages.transfer import mixed_images
-from vkd_cache.students import Student, create_student
-from vkd_cache.views.blend import normalise
+from vkd_cache.stages.supply import Supply
+from vkd_cache.stages.task import Task
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-TERMS = ("total", "task", "feature", "logit")
 
 
 class Learner:
@@ -36,38 +31,21 @@ class Learner:
 
     Attributes:
         student: the student with its projector, not wrapped.
+        task: what the student sees and what its losses are.
         model: what a step calls: the student, wrapped by DDP when `world` > 1.
         ema: averaged student, or None.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        num_classes: int,
-        teacher_width: int | None,
-        device: torch.device,
-        world: int = 1,
-        whitening: Whitening | None = None,
-    ) -> None:
+    def __init__(self, config: Config, task: Task, *, device: torch.device, world: int = 1) -> None:
         self._config = config
-        self._num_classes = num_classes
         self._device = device
         self._world = world
+        self.task = task
         torch.manual_seed(config.train.seed)
-        student = create_student(
-            config.student.name,
-            num_classes,
-            teacher_width,
-            input_px=config.views.size_px,
-            drop_path=config.student.drop_path,
-            projector=config.loss.projector,
-        )
+        student = task.create_student()
         if config.student.sync_batchnorm and device.type == "cuda" and world > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
-        self.student: Student = student.to(device)
-        # made once: a tensor from numbers is a copy that waits for the GPU
-        self._mean, self._std = (torch.tensor(v, device=device) for v in (student.mean, student.std))
+        self.student = student.to(device)
         self.ema = make_ema(self.student, config.train.ema_decay) if config.train.ema_decay > 0 else None
         self.model = self._wrapped(world)
         train = config.train
@@ -79,21 +57,9 @@ class Learner:
             fused=device.type == "cuda",  # the other kernels wait for the GPU under a gradient scaler
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.amp == "fp16")
-        loss = config.loss
-        self.loss = VkdLoss(
-            task_weight=loss.task_weight,
-            feature_weight=loss.feature_weight,
-            logit_weight=loss.logit_weight,
-            temperature=loss.temperature,
-            feature_loss=loss.feature_loss,
-            normalisation=loss.normalisation,
-            whitening=whitening,
-        )
 
     def _wrapped(self, world: int) -> nn.Module:
-        model: nn.Module = self.student
-        if self._config.train.compile:
-            model = torch.compile(model)  # type: ignore[assignment]
+        model = self.task.compiled(self.student) if self._config.train.compile else self.student
         if world > 1:
             # a token that is expanded over the batch has such a gradient; nobody can do anything about it
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -121,8 +87,8 @@ class Learner:
                 if len(batch) == 0:
                     self._pass_idly(pixels)
                     continue
-                images = mixed_images(pixels, batch.rendered.mix)
-                terms = self.losses(batch, images, supply(batch, images))
+                images = self.task.images(batch, pixels)
+                terms = self.task.losses(self.outputs(images), batch, supply(batch, images))
                 self.backward(terms["total"] * share)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() * share
@@ -148,19 +114,24 @@ class Learner:
             self.ema.update_parameters(self.student)
 
     def _shares(self, batches: Sequence[tuple[FedBatch, Tensor]]) -> list[Any]:
-        """Each batch's part of all samples of the step, times the number of ranks, over which DDP takes the mean."""
+        """Each batch's part of all samples of the step, times the number of ranks, over which DDP takes the mean.
+
+        Joint losses are divided by what all ranks have: there a batch weighs by its samples on all of them together.
+        """
         sizes = [len(batch) for batch, _ in batches]
         if self._world == 1:
             return [size / max(1, sum(sizes)) for size in sizes]
-        total = summed(torch.full((), float(sum(sizes)), device=self._device)).clamp_min_(1)
-        return [size * self._world / total for size in sizes]
+        everywhere = summed(torch.stack([torch.full((), float(size), device=self._device) for size in sizes]))
+        total = everywhere.sum().clamp_min_(1)
+        return [
+            (everywhere[number] if self.task.joint else size * self._world) / total
+            for number, size in enumerate(sizes)
+        ]
 
     def _pass_idly(self, pixels: Tensor) -> None:
         """Take part in the other ranks' step with gradients of zero: every image of this batch is broken."""
-        if self._world == 1:
-            return
-        output = self.outputs(pixels.new_zeros(2, 3, *pixels.shape[1:3]).float())
-        self.backward(sum(part.float().sum() for part in output if part is not None) * 0.0)
+        if self._world > 1:
+            self.backward(self.task.idle_loss(self.outputs(self.task.idle_images(pixels))))
 
     def align_ranks(self) -> None:
         """Give every rank the first one's batch-norm statistics: they are what is saved, and so what to evaluate."""
@@ -168,26 +139,12 @@ class Learner:
             modules = [self.student, *([self.ema.module] if self.ema is not None else [])]
             broadcast_first([buffer for module in modules for buffer in module.buffers()])
 
-    def losses(self, batch: FedBatch, images: Tensor, teacher: TeacherOutput) -> dict[str, Tensor]:
-        """Loss terms of one batch at the current weights; `images` (b, 3, H, W) in [0, 1] are mixed already."""
-        return self.loss(self.outputs(images), self.targets(batch), teacher.features, teacher.logits)
-
-    def outputs(self, images: Tensor) -> Any:
-        """The student's outputs for `images` (b, 3, H, W) in [0, 1], under the configured autocast."""
+    def outputs(self, images: Any) -> Any:
+        """The student's outputs for the task's images in [0, 1], under the configured autocast."""
         dtype = AMP_DTYPES[self._config.train.amp]
         cast: Any = torch.autocast(self._device.type, dtype) if dtype is not None else contextlib.nullcontext()
         with cast:
-            return self.model(normalise(images, self._mean, self._std))
-
-    def targets(self, batch: FedBatch) -> Tensor:
-        """(b, K) task targets: lambda-weighted, smoothed one-hot labels."""
-        label = batch.rendered.label.to(self._device, non_blocking=True)
-        mix = batch.rendered.mix
-        partner, lam = label, torch.ones(len(label), device=self._device)
-        if mix is not None:
-            partner = label[torch.from_numpy(mix.partner.astype("int64")).to(self._device, non_blocking=True)]
-            lam = torch.from_numpy(mix.lam).to(self._device, non_blocking=True)
-        return mix_targets(label, partner, lam, self._num_classes, self._config.loss.smoothing)
+            return self.task.outputs(self.model, images)
 
     def _synchronised(self, last: bool) -> Any:
         """DDP averages gradients once a step, at its last batch."""

@@ -20,7 +20,6 @@ from vkd_cache.config import config_to_json
 from vkd_cache.errors import ConfigError
 from vkd_cache.optim import cosine_lr
 from vkd_cache.runtime import hardware, library_versions, write_atomic
-from vkd_cache.stages.accuracy import accuracy_of
 from vkd_cache.stages.checkpoints import BEST, LAST, check_same_run, read_checkpoint, remove_stale, save_checkpoint
 from vkd_cache.stages.feed import FedBatch
 from vkd_cache.stages.journal import CURVES_NAME, LOG_NAME, Journal, draw_curves, read_log
@@ -30,6 +29,7 @@ from vkd_cache.stages.run import Run
 from vkd_cache.stages.standing import LossWindow, Standing, not_finite
 from vkd_cache.stages.stopping import Stopped, StopSignals
 from vkd_cache.stages.supply import Supply
+from vkd_cache.stages.task import METRIC_LABELS
 from vkd_cache.stages.transfer import ahead_on_device
 
 
@@ -57,7 +57,7 @@ class Loop:
         self._output = run.output
         self.standing = Standing()
         self.num_broken = 0
-        self._window = LossWindow(run.split, run.device)
+        self._window = LossWindow(self._learner.task.terms, run.split, run.device)
         self._lr = 0.0
         self._clock, self._samples = time.monotonic(), 0  # since the last log line
         self._stop = StopSignals(run.split, run.device, run.config.train.log_every)
@@ -103,7 +103,7 @@ class Loop:
 
     def _bring_best_along(self) -> None:
         """Copy the best student so far, where a run continues in another output: it may never be beaten there."""
-        if self._checkpoint is None or self.standing.best_top1 is None:
+        if self._checkpoint is None or self.standing.best_score is None:
             return
         before, here = self._checkpoint.parent / BEST, self._output / BEST
         if before.is_file() and not here.exists():
@@ -183,9 +183,9 @@ class Loop:
         if journal is not None:
             values = {"epoch": standing.epoch, "lr": self._lr} | means | {"samples_per_s": round(rate, 1)}
             journal.write("step", standing.step, values)
-        accuracy = f" | top-1 {standing.top1:.2f}" if standing.top1 is not None else ""
+        score = f" | {METRIC_LABELS[self.metric]} {standing.score:.2f}" if standing.score is not None else ""
         shown = " ".join(f"{name} {value:.4f}" for name, value in means.items())
-        return f"epoch {standing.epoch}/{self._run.config.train.epochs} {shown} lr {self._lr:.2e}{accuracy}"
+        return f"epoch {standing.epoch}/{self._run.config.train.epochs} {shown} lr {self._lr:.2e}{score}"
 
     def _end_epoch(self, journal: Journal | None) -> None:
         train, epoch = self._run.config.train, self.standing.epoch
@@ -198,7 +198,7 @@ class Loop:
     def _evaluate_due(self, journal: Journal | None) -> None:
         """Evaluate and save; after a signal, leave it due, for the run that continues."""
         try:
-            values = self._accuracies()
+            values = self._scores()
         except Stopped:
             return
         standing = self.standing
@@ -206,15 +206,16 @@ class Loop:
             journal.write("eval", standing.step, {"epoch": standing.epoch} | values)
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in values.items())
         console.say(f"epoch {standing.epoch}: {shown}")
-        standing.top1, best = values["top1"], max(values["top1"], values.get("ema_top1", 0.0))
-        improved = standing.best_top1 is None or best > standing.best_top1
-        standing.best_top1 = best if improved else standing.best_top1
+        standing.score = values[self.metric]
+        best = max(standing.score, values.get(f"ema_{self.metric}", 0.0))
+        improved = standing.best_score is None or best > standing.best_score
+        standing.best_score = best if improved else standing.best_score
         standing.eval_due = False
         self._save(journal, *([BEST] if improved else []), LAST)
         self._clock, self._samples = time.monotonic(), 0
 
-    def _accuracies(self) -> dict[str, float]:
-        """Top-1 and top-5 of the student and of its average, percent."""
+    def _scores(self) -> dict[str, float]:
+        """The task's metrics of the student and of its average (`ema_...`), percent."""
         run, learner = self._run, self._learner
         learner.align_ranks()
         models: dict[str, torch.nn.Module] = {"": learner.student}
@@ -223,10 +224,8 @@ class Loop:
         values: dict[str, float] = {}
         for prefix, model in models.items():
             if run.val_source is not None:
-                result = accuracy_of(
-                    model, run.val_source, run.config, run.device, run.split, between=self._stop.check
-                )
-                values |= {f"{prefix}top1": result.top1, f"{prefix}top5": result.top5}
+                found = learner.task.evaluate(model, run.val_source, run.split, self._stop.check)
+                values |= {f"{prefix}{name}": value for name, value in found.items()}
         return values
 
     def _save(self, journal: Journal | None, *names: str) -> None:
@@ -281,6 +280,11 @@ class Loop:
             "hardware": hardware(),
         }
         write_atomic(self._output / "run.json", json.dumps(document, indent=2).encode())
+
+    @property
+    def metric(self) -> str:
+        """The metric that is watched."""
+        return self._learner.task.metric
 
     @property
     def _leads(self) -> bool:

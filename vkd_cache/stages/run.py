@@ -17,11 +17,13 @@ from vkd_cache.errors import CacheMismatchError, ConfigError, IncompleteCacheErr
 from vkd_cache.normalisation import Whitening
 from vkd_cache.runtime import JobSplit, expand_home
 from vkd_cache.sources import Source, open_source, source_identity, validation_beside
+from vkd_cache.stages.classification_task import ClassificationTask
 from vkd_cache.stages.feed import Feed, Schedule
 from vkd_cache.stages.learner import Learner
 from vkd_cache.stages.ranks import take_device
 from vkd_cache.stages.rendering import Renderer
 from vkd_cache.stages.supply import CachedTeacher, LiveTeacher, NoTeacher, Supply, whitening_of_cache
+from vkd_cache.stages.task import Task
 from vkd_cache.stages.unit_views import CachedViews, PlannedViews, Views
 from vkd_cache.views.recipe import Recipe, make_recipe
 
@@ -109,12 +111,14 @@ class Run:
 
     def learner(self, supply: Supply) -> Learner:
         """A student at its initial weights, with its losses and optimizer."""
-        return Learner(
+        return Learner(self.config, self._task(supply), device=self.device, world=self.split.count)
+
+    def _task(self, supply: Supply) -> Task:
+        return ClassificationTask(
             self.config,
             num_classes=self.num_classes,
             teacher_width=supply.width,
             device=self.device,
-            world=self.split.count,
             whitening=self._whitening(),
         )
 

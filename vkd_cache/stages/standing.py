@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vkd_cache.errors import VkdCacheError
 from vkd_cache.runtime import JobSplit
-from vkd_cache.stages.learner import TERMS
 from vkd_cache.stages.ranks import gathered
 
 
@@ -22,15 +21,15 @@ class Standing:
         step: optimizer steps done.
         epoch, batch: the next batch to train on.
         eval_due: the epoch before it has ended and is not evaluated yet.
-        top1, best_top1: accuracy at the last evaluation and at the best one, percent.
+        score, best_score: the watched metric at the last evaluation and at the best one, percent.
     """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     eval_due: bool = False
-    top1: float | None = None
-    best_top1: float | None = None
+    score: float | None = None
+    best_score: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -40,7 +39,9 @@ class Standing:
 class LossWindow:
     """Sums of the loss terms since the last log line, on the device: adding to them waits for nothing."""
 
-    def __init__(self, split: JobSplit, device: torch.device) -> None:
+    def __init__(self, terms: Sequence[str], split: JobSplit, device: torch.device) -> None:
+        """`terms`: names of the loss terms that there can be, in the order in which they are shown."""
+        self._terms = terms
         self._split = split
         self._device = device
         self._sums: dict[str, Tensor | float] = {}
@@ -61,7 +62,7 @@ class LossWindow:
         state = self.state(step)
         self._sums, self._steps = {}, 0
         sums = [rank["sums"] for rank in state]
-        names = [name for name in TERMS if any(name in rank for rank in sums)]
+        names = [name for name in self._terms if any(name in rank for rank in sums)]
         return {name: sum(rank.get(name, 0.0) for rank in sums) / len(sums) / state[0]["steps"] for name in names}
 
     def state(self, step: int) -> list[dict[str, Any]]:
@@ -70,12 +71,12 @@ class LossWindow:
         Raises:
             VkdCacheError: a loss is not finite.
         """
-        own = [float(self._sums.get(name, math.nan)) for name in TERMS]
-        present = [float(name in self._sums) for name in TERMS]
+        own = [float(self._sums.get(name, math.nan)) for name in self._terms]
+        present = [float(name in self._sums) for name in self._terms]
         packed = torch.tensor([own, present], dtype=torch.float64, device=self._device)
         ranks = []
         for values, there in (part.tolist() for part in gathered(packed, self._split)):
-            sums = {name: value for name, value, known in zip(TERMS, values, there, strict=True) if known}
+            sums = {name: value for name, value, known in zip(self._terms, values, there, strict=True) if known}
             if not all(map(math.isfinite, sums.values())):
                 shown = ", ".join(f"{name} {value / self._steps:g}" for name, value in sums.items())
                 raise not_finite(step, f"the loss of the last {self._steps} steps is {shown}")

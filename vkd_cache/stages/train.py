@@ -20,6 +20,7 @@ from vkd_cache.stages.checkpoints import find_checkpoint
 from vkd_cache.stages.loop import Loop
 from vkd_cache.stages.ranks import process_group
 from vkd_cache.stages.run import Run, prepare_run
+from vkd_cache.stages.task import METRIC_LABELS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,8 @@ class TrainSummary:
     Attributes:
         steps: optimizer steps done in all.
         interrupted: a signal stopped it; the checkpoint continues.
-        top1, best_top1: accuracy at the end and at best, percent; None without a validation split.
+        metric: the metric that was watched, a key of `METRIC_LABELS`.
+        score, best_score: that metric at the end and at best, percent; None without a validation split.
         broken: broken images that were left out.
         seconds: wall-clock time of this process' part.
         peak_memory_bytes: largest resident size of the process, plus the GPU's peak.
@@ -38,8 +40,9 @@ class TrainSummary:
 
     steps: int = 0
     interrupted: bool = False
-    top1: float | None = None
-    best_top1: float | None = None
+    metric: str = ""
+    score: float | None = None
+    best_score: float | None = None
     broken: int = 0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -68,8 +71,9 @@ def train(config: Config, split: JobSplit, *, dry_run: bool = False) -> TrainSum
     summary = TrainSummary(
         steps=loop.standing.step,
         interrupted=interrupted,
-        top1=loop.standing.top1,
-        best_top1=loop.standing.best_top1,
+        metric=loop.metric,
+        score=loop.standing.score,
+        best_score=loop.standing.best_score,
         broken=loop.num_broken,
         seconds=time.monotonic() - started,
         peak_memory_bytes=_peak_memory_bytes(run.device),
@@ -112,8 +116,10 @@ def _say_summary(summary: TrainSummary) -> None:
         return
     if summary.broken:
         console.warn(f"{summary.broken} broken images were left out")
-    accuracy = "" if summary.top1 is None else f"top-1 {summary.top1:.2f} (best {summary.best_top1:.2f}), "
+    score = ""
+    if summary.score is not None:
+        score = f"{METRIC_LABELS[summary.metric]} {summary.score:.2f} (best {summary.best_score:.2f}), "
     console.say(
-        f"train: {summary.steps} steps, {accuracy}{summary.seconds:.1f} s, "
+        f"train: {summary.steps} steps, {score}{summary.seconds:.1f} s, "
         f"peak {summary.peak_memory_bytes / 2**20:.0f} MiB -> {summary.output}"
     )
