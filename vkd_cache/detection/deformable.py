@@ -271,7 +271,7 @@ class Neck(nn.Module):
         inside = memory.tokens.masked_fill((memory.padding | ~keep)[..., None], 0.0)
         logits = self.token_embed(self.enc_output_norm(self.enc_output(inside)))
         parts = torch.split(logits, [height * width for height, width in memory.sizes], 1)
-        return [part.unflatten(1, size) for part, size in zip(parts, memory.sizes, strict=True)]
+        return [part.reshape(len(part), *size, -1) for part, size in zip(parts, memory.sizes, strict=True)]
 
 
 def logit(share: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class SwinBody(nn.Module):
         self.det_token = nn.Parameter(_small(1, num_queries, width))
         self.det_pos_embed = nn.Parameter(_small(1, num_queries, out_width))
         self.patch_embed = PatchEmbedding(width)
-        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))
+        rates = torch.split(torch.linspace(0, drop_path, sum(depths), device="cpu"), list(depths))
         self.layers = nn.ModuleList(
             SwinStage(
                 stage_width, num_heads, rate.tolist(), window=window, position_width=out_width, merged_width=merged,
@@ -220,12 +220,12 @@ class ReconfiguredAttention(nn.Module):
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
         queries, keys, values = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
         if regions is None:
-            folded = [part.flatten(0, 1) for part in (queries, keys, values)]
+            queries, keys, values = queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
         else:
             # windows beside heads, so that one bias serves every image of the batch
-            folded = [part.flatten(1, 2) for part in (queries, keys, values)]
+            queries, keys, values = queries.flatten(1, 2), keys.flatten(1, 2), values.flatten(1, 2)
             bias = (bias + regions[:, None].to(bias.dtype) * _BLOCKED).flatten(0, 1)[None]
-        attended = F.scaled_dot_product_attention(*folded, attn_mask=bias.to(queries.dtype))
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias.to(queries.dtype))
         heads_first = attended.reshape(batch, count, self.num_heads, area, -1)
         projected: Tensor = self.proj(heads_first.transpose(2, 3).flatten(3))
         return projected
@@ -236,7 +236,8 @@ class ReconfiguredAttention(nn.Module):
         if seen is not None:
             channels = seen.shape[-1]
             pairs = F.linear(seen, self.qkv.weight[channels:], self.qkv.bias[channels:])
-            seen_keys, seen_values = pairs.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            pairs = pairs.view(*seen.shape[:2], 2, self.num_heads, -1)
+            seen_keys, seen_values = pairs.permute(2, 0, 3, 1, 4)
             keys, values = torch.cat([seen_keys, keys], 2), torch.cat([seen_values, values], 2)
         mask = None if blocked is None else blocked.to(queries.dtype).expand(-1, -1, queries.shape[2], -1)
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)

@@ -211,14 +211,23 @@ def create_vidt(
     Raises:
         ConfigError: unknown name, or values out of range.
     """
-    if name not in _BODIES:
-        raise ConfigError(f"ViDT: found '{name}', expected one of {', '.join(VIDT_NAMES)}.")
     return ViDT(
         dataclasses.replace(
-            _BODIES[name], num_classes=num_classes, drop_path=drop_path, cross_scale_fusion=cross_scale_fusion,
+            body_config(name), num_classes=num_classes, drop_path=drop_path, cross_scale_fusion=cross_scale_fusion,
             iou_aware=iou_aware, token_label=token_label,
         )
     )
+
+
+def body_config(name: str) -> ViDTConfig:
+    """What the ViDT called `name` is built from, where nothing else is asked for.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in _BODIES:
+        raise ConfigError(f"ViDT: found '{name}', expected one of {', '.join(VIDT_NAMES)}.")
+    return _BODIES[name]
 
 
 def valid_grids(view_size: npt.NDArray[np.int64], canvas: tuple[int, int]) -> list[npt.NDArray[np.int64]]:
