@@ -45,6 +45,8 @@ def setting(
     keywords: dict[str, Any] = {"default": None, "help": help_text or metadata["doc"]}
     if hint is bool:
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    elif typing.get_origin(hint) is tuple:
+        keywords |= {"callback": _listed, "metavar": metavar}
     elif metadata["choices"]:
         keywords |= {"type": click.Choice(metadata["choices"])}
     else:
@@ -52,6 +54,10 @@ def setting(
     if bare:
         keywords |= {"is_flag": False, "flag_value": ""}
     return click.option(flag, f"{section}__{name}", **keywords)
+
+
+def _listed(_context: click.Context, _option: click.Parameter, value: str | None) -> list[str] | None:
+    return None if value is None else [part.strip() for part in value.split(",")]
 
 
 _TEACHER_HELP = "timm model name, or package.module:callable that returns an nn.Module"
@@ -75,8 +81,8 @@ class _InOrder(click.Group):
 def cli() -> None:
     """Run a vision teacher once, train any number of VkD students from the cache.
 
-    PIPELINE is a TOML file, or the name of an installed one (deit_tiny_imagenet, deit_small_imagenet, demo); options
-    override what it says.
+    PIPELINE is a TOML file, or the name of an installed one (deit_tiny_imagenet, deit_small_imagenet,
+    vidt_swin_nano_coco, vidt_swin_tiny_coco, demo); options override what it says.
     """
 
 
@@ -88,6 +94,8 @@ def cli() -> None:
 @setting("--teacher-weights", "teacher.weights", metavar="FILE")
 @setting("--views", "views.count", metavar="N|A:B", help_text=_VIEWS_HELP)
 @setting("--dtype", "cache.dtype")
+@setting("--nodes", "cache.nodes", metavar="NAME,...")
+@setting("--tokens", "cache.tokens", metavar="X")
 @setting("--backend", "cache.backend")
 @setting("--shard-size", "source.shard_size", metavar="N")
 @setting("--batch-size", "extract.batch_size", metavar="N")
@@ -149,7 +157,7 @@ def train(pipeline: str | None, plain: bool, dry_run: bool, **settings: object) 
     return 0
 
 
-@cli.command("eval", short_help="accuracy of a student, a teacher, or a cache")
+@cli.command("eval", short_help="accuracy or COCO AP of a student, a teacher, or a cache")
 @pipeline_argument
 @setting("--source", "source.val", metavar="PATH", help_text=_VAL_HELP)
 @click.option("--checkpoint", default="", metavar="FILE", help="checkpoint of a student: ours or the VkD authors'")
@@ -161,12 +169,14 @@ def train(pipeline: str | None, plain: bool, dry_run: bool, **settings: object) 
 @setting("--batch-size", "eval.batch_size", metavar="N")
 @setting("--workers", "eval.workers", metavar="N")
 @setting("--device", "eval.device", metavar="NAME")
+@setting("--output", "eval.output", metavar="DIR")
 @json_option
 def evaluate(pipeline: str | None, checkpoint: str, ema: bool, as_json: bool, **settings: object) -> int:
     """Stage three: exact top-1 and top-5 of a student, of a teacher, or of the cached teacher.
 
     --checkpoint evaluates a student, --teacher a network, --cache the views in a cache through the stored head; give
-    one or more. --teacher and --cache without a value take the pipeline's.
+    one or more. --teacher and --cache without a value take the pipeline's. Of a detector, on images with boxes, it
+    gives the twelve numbers of COCO, and writes detections.json and detections.png.
     """
     asked = {name: settings[f"{name}__{field}"] is not None for name, field in (("teacher", "name"), ("cache", "url"))}
     if not (checkpoint or any(asked.values())):
@@ -176,12 +186,18 @@ def evaluate(pipeline: str | None, checkpoint: str, ema: bool, as_json: bool, **
         _require(config, *(["source.val"] if checkpoint or asked["teacher"] else []))
     _require(config, *(["teacher.name"] if asked["teacher"] else []), *(["cache.url"] if asked["cache"] else []))
     split = _ranks()
+    from vkd_cache.stages.coco_scores import DetectionResult, score_table
     from vkd_cache.stages.evaluate import EvalRequest
     from vkd_cache.stages.evaluate import evaluate as run
 
     request = EvalRequest(checkpoint=checkpoint, ema=ema, **asked)
     results = run(config, request, split)
-    if split.index == 0:
+    detectors = [result for result in results if isinstance(result, DetectionResult)]
+    if split.index > 0:
+        return 0
+    if detectors and not as_json:
+        console.show_table("Evaluation", *score_table(detectors))
+    else:
         _present("Evaluation", {"results": [result.to_json() for result in results]}, as_json)
     return 0
 

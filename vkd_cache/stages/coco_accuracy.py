@@ -9,7 +9,7 @@ Shape legend: b images of a batch, L + 1 predictions of a detector, Q detection 
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -25,20 +25,20 @@ from vkd_cache.errors import CheckpointError, ConfigError, SourceError
 from vkd_cache.runtime import JobSplit
 from vkd_cache.sources.coco import CocoSource
 from vkd_cache.stages.accuracy import evaluating, warn_of_broken
-from vkd_cache.stages.coco_scores import METRICS, DetectionResult, coco_scores
+from vkd_cache.stages.coco_scores import METRICS, DetectionResult, Found, coco_scores
 from vkd_cache.stages.ranks import broadcast_first, summed
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, render_loader
-from vkd_cache.stages.transfer import ahead_on_device, model_input
+from vkd_cache.stages.transfer import ahead_on_device, canvas_batch
 from vkd_cache.views.plan import plan_canvas
 from vkd_cache.views.recipe import Recipe, detection_eval_recipe
 
 BATCH_SIZE = 8  # where the configuration leaves it to us: images of 800 x 1333 px
 
-Found = dict[str, Any]
 Broken = tuple[str, str]  # key, reason
 _SHOWN = 3
 
 
+@runtime_checkable
 class Detector(Protocol):
     """What `ap_of` asks of a network: a `DetectionStudent` and a `DetectionTeacher` have it."""
 
@@ -62,7 +62,7 @@ def ap_of(
     Images are shrunk or enlarged to `eval.size_px` by the reference's rule, whole and not flipped, one view each.
 
     Args:
-        model: a `Detector`, on `device`. It is put into evaluation mode and back.
+        model: a `Detector` on `device`. It is put into evaluation mode and back.
         source: annotated images; its annotation file is what pycocotools reads.
         config: sizes, batch size and workers are those of `eval`.
         device: of the model.
@@ -75,15 +75,20 @@ def ap_of(
         them, on the others none.
 
     Raises:
-        ConfigError: categories that the model has no class for.
+        ConfigError: the model is no detector, or categories that it has no class for.
+        CheckpointError: what it predicts is not finite.
         SourceError: a file vanished, or not one image could be decoded.
     """
     started = time.monotonic()
+    if not isinstance(model, Detector):
+        raise ConfigError(
+            f"{source.location}: images with boxes, but {name} is a network that classifies whole images, not a "
+            "detector. Give a detector (vidt_swin_nano, for one), or a folder of classes."
+        )
     recipe = eval_recipe(config)
     batches = _batches(source, recipe, config.eval.batch_size or BATCH_SIZE)
-    tasks = [
-        RenderTask(tag=None, shard=batch[:, 0], row=batch[:, 1], view=0) for batch in batches[split.index :: split.count]
-    ]
+    own = batches[split.index :: split.count]
+    tasks = [RenderTask(tag=None, shard=places[:, 0], row=places[:, 1], view=0) for places in own]
     renderer = Renderer(source, recipe, seed=0)
     workers = min(config.eval.workers, len(tasks))
     found: list[Found] = []
@@ -96,7 +101,7 @@ def ap_of(
             if batch.error is not None:
                 raise batch.error
             broken += [(source.shards[batch.shard[at]].keys[batch.row[at]], reason) for at, reason in batch.broken]
-            found += _detect(cast(Detector, model), source, batch, pixels, name)
+            found += _detect(model, source, batch, pixels, name)
             progress.advance(len(batch.row))
     warn_of_broken(source, broken, "count as images in which nothing was found")
     num_images = sum(len(shard.keys) for shard in source.shards)
@@ -104,9 +109,15 @@ def ap_of(
     if num_broken == num_images:
         raise SourceError(f"{source.location}: none of its {num_broken} images can be decoded, nothing to evaluate.")
     scores = _scores(source, found, split, device)
-    seconds = time.monotonic() - started
-    counts = {"num_images": num_images, "num_broken": num_broken}
-    return DetectionResult(name=name, split="val", **counts, **scores, seconds=seconds), found
+    result = DetectionResult(
+        name=name,
+        split="val",
+        num_images=num_images,
+        num_broken=num_broken,
+        seconds=time.monotonic() - started,
+        **scores,
+    )
+    return result, found
 
 
 def eval_recipe(config: Config) -> Recipe:
@@ -127,11 +138,11 @@ def check_same_categories(train: CocoSource, val: CocoSource) -> None:
     Raises:
         ConfigError: an id with another name, or one that training does not have.
     """
-    known, found = train.class_names or (), val.class_names or ()
+    known, found = (dict(enumerate(source.class_names or ())) for source in (train, val))
     differ = [
-        f"{number} is '{name}', in training " + (f"'{known[number]}'" if number < len(known) and known[number] else "none")
-        for number, name in enumerate(found)
-        if name and (number >= len(known) or known[number] != name)
+        f"{number} is '{name}', in training '{known.get(number, '')}'"
+        for number, name in found.items()
+        if name and known.get(number) != name
     ]
     if differ:
         more = ", ..." if len(differ) > _SHOWN else ""
@@ -159,12 +170,11 @@ def _batches(source: CocoSource, recipe: Recipe, size: int) -> list[npt.NDArray[
 
 def _detect(model: Detector, source: CocoSource, batch: RenderedBatch, pixels: Tensor, name: str) -> list[Found]:
     """COCO results of the images of a batch that could be decoded."""
-    decoded = np.flatnonzero(batch.ok)
-    if not len(decoded):
-        return []
     with torch.no_grad():
-        output = model.detect(_without_broken(model_input(batch, pixels), decoded))
-    logits, boxes = output.logits[-1], output.boxes[-1]
+        output = model.detect(canvas_batch(batch, pixels))
+    decoded = np.flatnonzero(batch.ok)  # the others are black
+    rows = torch.from_numpy(decoded).to(pixels.device)
+    logits, boxes = output.logits[-1][rows], output.boxes[-1][rows]
     num_classes = logits.shape[-1]
     if num_classes < source.num_classes:
         raise ConfigError(

@@ -8,11 +8,11 @@ annotation file has no box of that size.
 import contextlib
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-Detection = Mapping[str, Any]  # image_id, category_id, bbox [x, y, width, height] in pixels, score
+Found = dict[str, Any]  # a detection: image_id, category_id, bbox (left, top, width, height in pixels), score
 
 
 class Metric(NamedTuple):
@@ -81,7 +81,7 @@ class DetectionResult:
         return dataclasses.asdict(self)
 
 
-def coco_scores(annotation_file: Path, detections: Sequence[Detection]) -> dict[str, float]:
+def coco_scores(annotation_file: Path, detections: Sequence[Found]) -> dict[str, float]:
     """The twelve numbers by name (`METRICS`), percent; -1 where the annotation file has nothing of the kind.
 
     Args:
@@ -99,7 +99,8 @@ def coco_scores(annotation_file: Path, detections: Sequence[Detection]) -> dict[
         truth = COCO(str(annotation_file))
         for annotation in truth.dataset.get("annotations", ()):
             annotation.setdefault("iscrowd", 0)
-            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+            if annotation.get("area") is None:
+                annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         # copies: loadRes writes into what it is given
         found = truth.loadRes([dict(detection) for detection in detections]) if detections else COCO()
         counts = COCOeval(truth, found, "bbox")
@@ -123,8 +124,9 @@ def score_table(results: Sequence[DetectionResult]) -> tuple[list[str], list[lis
         ]
         for metric in METRICS
     ]
-    for label, name, form in (("images", "num_images", "d"), ("broken", "num_broken", "d"), ("seconds", "seconds", ".1f")):
-        rows.append([label, "", "", "", *(format(getattr(result, name), form) for result in results)])
+    rows.append(["images", "", "", "", *(str(result.num_images) for result in results)])
+    rows.append(["broken", "", "", "", *(str(result.num_broken) for result in results)])
+    rows.append(["seconds", "", "", "", *(f"{result.seconds:.1f}" for result in results)])
     return columns, rows
 
 

@@ -9,6 +9,7 @@ import io
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -16,13 +17,13 @@ from PIL import Image, ImageDraw, ImageFont
 from vkd_cache.errors import BrokenImageError
 from vkd_cache.runtime import write_atomic
 from vkd_cache.sources.coco import CocoSource
-from vkd_cache.stages.coco_scores import Detection
+from vkd_cache.stages.coco_scores import Found
 from vkd_cache.views.decode import decode_image
 
 NUM_PICTURES = 12
 MIN_SCORE = 0.3
 _MAX_BOXES = 25  # detections drawn in one picture, the best ones
-_TILE_PX = (420, 300)  # width, height
+_MAX_TILE_PX, _MIN_TILE_PX = (420, 300), 220  # width and height; either
 _GAP_PX, _CAPTION_PX, _HEADER_PX = 10, 22, 34
 _FONT_PX = 13
 _PAIRS_A_ROW = 2
@@ -43,7 +44,7 @@ class _Box:
 
 
 def write_contact_sheet(
-    path: Path, source: CocoSource, detections: Iterable[Detection], *, title: str, num_pictures: int = NUM_PICTURES
+    path: Path, source: CocoSource, detections: Iterable[Found], *, title: str, num_pictures: int = NUM_PICTURES
 ) -> None:
     """Write a PNG of up to `num_pictures` pictures, each with its annotated and its detected boxes.
 
@@ -86,34 +87,35 @@ def _evenly(places: Sequence[tuple[int, int]], count: int) -> list[tuple[int, in
     return [places[index] for index in picked]
 
 
-def _pair(source: CocoSource, shard: int, row: int, detected: dict[int, list[_Box]]) -> Image.Image:
-    """Both tiles of one image, with a caption each."""
+class _Tile(NamedTuple):
+    """A picture with its boxes, None where the image is broken, and what is written above it."""
+
+    picture: Image.Image | None
+    caption: str
+
+
+def _pair(source: CocoSource, shard: int, row: int, detected: dict[int, list[_Box]]) -> tuple[_Tile, _Tile]:
+    """One image with its annotated boxes, and with its detected ones."""
     truth = source.boxes(shard, row)
     annotated = [
         _Box((float(x0), float(y0), float(x1), float(y1)), int(label))
         for (x0, y0, x1, y1), label in zip(truth.boxes, truth.labels, strict=True)
     ]
     best = sorted(detected.get(truth.image_id, ()), key=lambda box: -(box.score or 0.0))[:_MAX_BOXES]
+    key, names = source.shards[shard].keys[row], source.class_names or ()
     try:
-        picture: Image.Image | None = decode_image(source.read(shard, row), oriented=False)
+        picture = decode_image(source.read(shard, row), oriented=False)
     except BrokenImageError:
-        picture = None
-    captions = (f"{source.shards[shard].keys[row]}: {len(annotated)} annotated", f"{len(best)} detected")
-    width, height = _TILE_PX
-    pair = Image.new("RGB", (2 * width + _GAP_PX, height + _CAPTION_PX), _PAPER)
-    names = source.class_names or ()
-    for side, (caption, boxes) in enumerate(zip(captions, (annotated, best), strict=True)):
-        left = side * (width + _GAP_PX)
-        text = caption if picture is not None else f"{caption} (broken image)"
-        ImageDraw.Draw(pair).text((left, 3), text, fill=_INK, font=_font(_FONT_PX))
-        if picture is not None:
-            pair.paste(_tile(picture, boxes, names), (left, _CAPTION_PX))
-    return pair
+        return _Tile(None, f"{key}: {len(annotated)} annotated"), _Tile(None, "broken image")
+    return (
+        _Tile(_drawn(picture, annotated, names), f"{key}: {len(annotated)} annotated"),
+        _Tile(_drawn(picture, best, names), f"{len(best)} detected"),
+    )
 
 
-def _tile(picture: Image.Image, boxes: Sequence[_Box], names: Sequence[str]) -> Image.Image:
+def _drawn(picture: Image.Image, boxes: Sequence[_Box], names: Sequence[str]) -> Image.Image:
     """`picture` with `boxes`, as large as a tile has room for."""
-    width, height = _TILE_PX
+    width, height = _MAX_TILE_PX
     scale = min(width / picture.width, height / picture.height)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     tile = picture.resize(size, Image.Resampling.BICUBIC)
@@ -152,18 +154,23 @@ def _write_label(
     draw.text((left + 2, top + 1), text, fill=(0, 0, 0) if bright else (255, 255, 255), font=font)
 
 
-def _sheet(pairs: Sequence[Image.Image], heading: str) -> Image.Image:
-    """All pairs below the heading, row by row."""
-    a_row = min(_PAIRS_A_ROW, max(1, len(pairs)))
-    pair_width, pair_height = 2 * _TILE_PX[0] + _GAP_PX, _TILE_PX[1] + _CAPTION_PX
-    num_rows = -(-len(pairs) // a_row)
-    width = a_row * (pair_width + 3 * _GAP_PX) - _GAP_PX
-    sheet = Image.new("RGB", (width, _HEADER_PX + num_rows * (pair_height + _GAP_PX)), _PAPER)
-    ImageDraw.Draw(sheet).text((_GAP_PX, 9), heading, fill=_INK, font=_font(_FONT_PX + 2))
+def _sheet(pairs: Sequence[tuple[_Tile, _Tile]], heading: str) -> Image.Image:
+    """All pairs below the heading, row by row, in tiles of the size of the largest picture."""
+    sizes = [tile.picture.size for pair in pairs for tile in pair if tile.picture is not None]
+    width = max([_MIN_TILE_PX, *(size[0] for size in sizes)]) + _GAP_PX
+    height = max([_MIN_TILE_PX, *(size[1] for size in sizes)]) + _CAPTION_PX + _GAP_PX
+    pair_width = 2 * width + 2 * _GAP_PX
+    num_rows = -(-len(pairs) // _PAIRS_A_ROW)
+    sheet = Image.new("RGB", (_PAIRS_A_ROW * pair_width, _HEADER_PX + num_rows * height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_GAP_PX, 9), heading, fill=_INK, font=_font(_FONT_PX + 2))
     for number, pair in enumerate(pairs):
-        row, column = divmod(number, a_row)
-        place = _GAP_PX + column * (pair_width + 3 * _GAP_PX), _HEADER_PX + row * (pair_height + _GAP_PX)
-        sheet.paste(pair, place)
+        row, column = divmod(number, _PAIRS_A_ROW)
+        for side, tile in enumerate(pair):
+            left, top = _GAP_PX + column * pair_width + side * width, _HEADER_PX + row * height
+            draw.text((left, top + 3), tile.caption, fill=_INK, font=_font(_FONT_PX))
+            if tile.picture is not None:
+                sheet.paste(tile.picture, (left, top + _CAPTION_PX))
     return sheet
 
 
