@@ -14,7 +14,7 @@ import torch
 from vkd_cache.cache.reader import MANIFEST_PATH, Cache, Unit
 from vkd_cache.cache.schema import UnitRecord
 from vkd_cache.cache.storage import TEMPORARY
-from vkd_cache.cache.units import UnitId, record_path, unit_of_record, unit_path
+from vkd_cache.cache.units import UnitId, is_detection, record_path, unit_of_record, unit_path
 from vkd_cache.errors import CacheError
 
 
@@ -122,6 +122,10 @@ def _row_problems(cache: Cache, record: UnitRecord, unit: Unit) -> Iterator[str]
         yield f"rows and broken rows together are not 0 to {total - 1}, each once."
     if len(set(unit.keys)) != len(unit.keys):
         yield "a key occurs twice."
+    if is_detection(cache.manifest):
+        if (unit.columns["view_size"] == 0).any():
+            yield "view_size: found 0, expected sizes from 1."
+        return  # a label stands for an annotation, not for a class
     num_classes = cache.manifest.dataset["num_classes"]
     if (unit.columns["label"] >= num_classes).any():
         yield f"found label {int(unit.columns['label'].max())}, the data set has {num_classes} classes."
@@ -151,6 +155,40 @@ def _mixing_problems(unit: Unit) -> Iterator[str]:
 
 def _node_problems(cache: Cache, unit: Unit) -> Iterator[str]:
     for spec in cache.manifest.nodes:
-        values = unit.node(spec.name)
-        if values.numel() and not bool(torch.isfinite(torch.stack(values.aminmax())).all()):
+        if spec.layout == "tokens":
+            yield from (f"node '{spec.name}' {problem}" for problem in _token_problems(unit, spec.name))
+        elif not _is_finite(unit.node(spec.name)):
             yield f"node '{spec.name}' holds inf or nan."
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    return not values.numel() or bool(torch.isfinite(torch.stack(values.aminmax())).all())
+
+
+# How far sums over thousands of tokens, taken in float32, may be from each other, in root mean squares.
+_SUM_NOISE = 1e-4
+
+
+def _token_problems(unit: Unit, name: str) -> Iterator[str]:
+    """One image at a time: in float32 a unit of tokens is gigabytes."""
+    for row in range(len(unit)):
+        tokens = unit.tokens(name, slice(row, row + 1))
+        values = tokens.dense().to(torch.float32)
+        parts = [values, tokens.total, tokens.squares, *([] if tokens.scale is None else [tokens.scale])]
+        if not all(map(_is_finite, parts)):
+            yield f"holds inf or nan, first in row {row}."
+            return
+        size = (float(tokens.counts[0]) * tokens.squares[0].double()).sqrt()
+        impossible = bool((tokens.total[0].double().abs() > (1 + _SUM_NOISE) * size + 1e-30).any())
+        if impossible or bool((tokens.squares < 0).any()):
+            yield f"has a sum and a sum of squares of row {row} that no tokens have."
+            return
+        if tokens.index is not None:
+            continue  # the statistics are those of all tokens, and only a sample is here
+        bound = unit.rounding(name, slice(row, row + 1))
+        slack = bound.sum(0) + _SUM_NOISE * size
+        square_slack = (2 * values.abs() * bound + bound**2).sum(0) + _SUM_NOISE * tokens.squares[0]
+        off = (values.sum(0) - tokens.total[0]).abs() > slack
+        if bool((off | ((values.square().sum(0) - tokens.squares[0]).abs() > square_slack)).any()):
+            yield f"has a sum or a sum of squares of row {row} that is not that of its tokens."
+            return

@@ -1,7 +1,6 @@
-"""Node values as stored arrays and back: float32, float16, bfloat16, and two 8-bit codecs.
+"""Node values as stored arrays and back: float32, float16, bfloat16, and two 8-bit codecs; and which one is chosen.
 
-A newcomer's trap: NumPy has no bfloat16, so its 16 bits are stored as uint16; and half floats are converted by torch,
-which is an order of magnitude faster at it than NumPy.
+A newcomer's trap: layout `tokens` is ragged and has more arrays than one per codec; see `token_codecs`.
 
 Shape legend: n samples, C channels, H, W positions.
 """
@@ -12,23 +11,31 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vkd_cache.cache.arrays import Array
+from vkd_cache.cache.rounding import (
+    CODEC_ARRAYS,
+    FLOATS,
+    as_array,
+    as_tensor,
+    blocks,
+    finite,
+    half_step,
+    token_int8,
+    with_inverse,
+)
 from vkd_cache.cache.schema import NodeSpec
+from vkd_cache.cache.token_codecs import choose_token_codec, token_arrays
 from vkd_cache.errors import CacheError
+from vkd_cache.tokens import Tokens
 
-Array = npt.NDArray[np.generic]
 
-# Suffix -> dtype of the arrays of each codec. "" is the array with one row per sample.
-CODEC_ARRAYS: dict[str, dict[str, str]] = {
-    "float32": {"": "<f4"},
-    "float16": {"": "<f2"},
-    "bfloat16": {"": "<u2"},
-    "sqrt_uint8": {"": "|u1", ".scale": "<f4"},
-    "token_int8": {"": "|i1", ".scale": "<f4"},
-}
+def stored_arrays(spec: NodeSpec) -> dict[str, str]:
+    """Suffix -> dtype of the stored arrays of a node."""
+    return token_arrays(spec) if spec.layout == "tokens" else CODEC_ARRAYS[spec.codec]
 
 
 def array_shapes(spec: NodeSpec, num_samples: int) -> dict[str, tuple[int, ...]]:
-    """Shape of each stored array of a node, by suffix, for a unit of `num_samples` rows."""
+    """Shape of each stored array of a dense node, by suffix, for a unit of `num_samples` rows."""
     shapes = {"": (num_samples, *spec.shape)}
     if spec.codec == "sqrt_uint8":
         shapes[".scale"] = spec.shape[:1]
@@ -52,16 +59,13 @@ def encode_node(values: torch.Tensor, codec: str) -> dict[str, Array]:
     """
     values = values.detach().to("cpu")
     if codec.endswith("int8") and values.dtype == torch.float64:
-        values = _finite(values.to(torch.float32), values, "float32")
+        values = finite(values.to(torch.float32), values, "float32")
     if codec == "sqrt_uint8":
-        return _encode_sqrt_uint8(_finite(values, values, codec))
+        return _encode_sqrt_uint8(finite(values, values, codec))
     if codec == "token_int8":
-        return _encode_token_int8(_finite(values, values, codec))
-    dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[codec]
-    stored = _finite(values.to(dtype), values, codec).contiguous()
-    if codec == "bfloat16":
-        return {"": stored.view(torch.int16).numpy().view(np.uint16)}
-    return {"": stored.numpy()}
+        stored, scale = token_int8(finite(values, values, codec))
+        return {"": as_array(stored), ".scale": as_array(scale)}
+    return {"": as_array(finite(values.to(FLOATS[codec]), values, codec))}
 
 
 def _encode_sqrt_uint8(values: torch.Tensor) -> dict[str, Array]:
@@ -82,51 +86,11 @@ def _encode_sqrt_uint8(values: torch.Tensor) -> dict[str, Array]:
     others = [axis for axis in range(values.ndim) if axis != 1]
     scale = values.amax(others).to(torch.float32) / 255.0**2
     shape = [1, num_channels] + [1] * (values.ndim - 2)
-    scale, inverse = _with_inverse(scale)
+    scale, inverse = with_inverse(scale)
     inverse = inverse.reshape(shape)
-    for rows in _blocks(values):
+    for rows in blocks(values):
         stored[rows] = (values[rows].to(torch.float32) * inverse).sqrt_().round_().clamp_max_(255)
     return {"": stored.numpy(), ".scale": scale.numpy()}
-
-
-def _encode_token_int8(values: torch.Tensor) -> dict[str, Array]:
-    """Per sample (and position): value = q * scale with q in -127..127 and scale = largest magnitude / 127."""
-    stored = torch.empty(values.shape, dtype=torch.int8)
-    scale = torch.empty((len(values), 1, *values.shape[2:]), dtype=torch.float32)
-    for rows in _blocks(values):
-        block = values[rows].to(torch.float32)
-        scale[rows], inverse = _with_inverse(block.abs().amax(1, keepdim=True) / 127.0)
-        stored[rows] = (block * inverse).round_().clamp_(-127, 127)
-    return {"": stored.numpy(), ".scale": scale.numpy()}
-
-
-def _with_inverse(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A scale and its inverse, both 0 where the scale is 0 or so small that its inverse would be infinite."""
-    usable = scale >= torch.finfo(torch.float32).tiny
-    zero = torch.zeros(())
-    return torch.where(usable, scale, zero), torch.where(usable, 1.0 / scale, zero)
-
-
-def _blocks(values: torch.Tensor) -> list[slice]:
-    """Slices of rows whose float32 intermediates stay in a processor's cache: three times as fast as all at once."""
-    num_rows = max(1, 200_000 // max(1, values[:1].numel()))
-    return [slice(start, start + num_rows) for start in range(0, len(values), num_rows)]
-
-
-def _finite(stored: torch.Tensor, values: torch.Tensor, codec: str) -> torch.Tensor:
-    # the extremes are inf or nan if any value is, and cost a twentieth of isfinite over all
-    if not stored.numel() or bool(torch.isfinite(torch.stack(stored.aminmax())).all()):
-        return stored
-    row = int((~torch.isfinite(stored)).flatten(1).any(1).nonzero()[0, 0])
-    if bool(torch.isfinite(values[row]).all()):
-        raise CacheError(
-            f"{codec}: found {float(values[row].abs().max()):g} in row {row}, more than {codec} can hold. "
-            "Extract with --dtype bfloat16 or float32."
-        )
-    raise CacheError(
-        f"found inf or nan in row {row}, expected finite numbers. The teacher overflows: extract with autocast off or "
-        "bfloat16."
-    )
 
 
 def decode_node(
@@ -143,15 +107,13 @@ def decode_node(
         (n, C) or (n, C, H, W): float16 and bfloat16 stay what they are, everything else is float32.
     """
     chosen = slice(None) if rows is None else rows
-    if spec.codec == "bfloat16":
-        return _tensor(arrays[""][chosen].view(np.int16)).view(torch.bfloat16)
-    stored = _tensor(arrays[""][chosen])
+    stored = as_tensor(arrays[""][chosen], spec.codec)
     if spec.codec == "sqrt_uint8":
-        scale = _tensor(arrays[".scale"]).reshape([1, -1] + [1] * (stored.ndim - 2))
+        scale = as_tensor(arrays[".scale"]).reshape([1, -1] + [1] * (stored.ndim - 2))
         root = stored.to(torch.float32)
         return root.mul_(root).mul_(scale)  # the square is an exact integer: one rounding in all
     if spec.codec == "token_int8":
-        return stored.to(torch.float32).mul_(_tensor(arrays[".scale"][chosen]))
+        return stored.to(torch.float32).mul_(as_tensor(arrays[".scale"][chosen]))
     return stored
 
 
@@ -161,38 +123,51 @@ def rounding_bound(
     """How far each stored value may be from the one that was encoded; arguments and shape as for `decode_node`."""
     values = decode_node(spec, arrays, rows).to(torch.float32)
     if spec.codec == "token_int8":
-        scale = _tensor(arrays[".scale"][slice(None) if rows is None else rows])
+        scale = as_tensor(arrays[".scale"][slice(None) if rows is None else rows])
         return (0.5 * scale).expand(values.shape)
     if spec.codec == "sqrt_uint8":  # (q + 1/2)^2 - q^2 steps
-        scale = _tensor(arrays[".scale"]).reshape([1, -1] + [1] * (values.ndim - 2))
+        scale = as_tensor(arrays[".scale"]).reshape([1, -1] + [1] * (values.ndim - 2))
         return (values * scale).sqrt_().add_(0.25 * scale)
-    half_steps = {"float32": (0.0, 0.0), "float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 2.0**-134)}
-    relative, smallest = half_steps[spec.codec]
-    return values.abs().mul_(relative).add_(smallest)
-
-
-def _tensor(array: Array) -> torch.Tensor:
-    # torch warns of arrays that it may not write to
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    return half_step(values, spec.codec)
 
 
 def resolve_codec(
-    name: str, dtype: str, values: torch.Tensor, head: Mapping[str, torch.Tensor] | None = None
+    name: str,
+    dtype: str,
+    values: torch.Tensor | Tokens,
+    head: Mapping[str, torch.Tensor] | None = None,
+    fraction: float = 1.0,
 ) -> NodeSpec:
     """The node as it will be stored: its shape and layout read off `values`, its codec decided.
 
     Args:
         name: the node's name; `logits` are recognised by it.
         dtype: what the user asked for, one of `vkd_cache.cache.schema.DTYPES`.
-        values: (n, C) or (n, C, H, W) of the first samples of the first unit, n > 0.
+        values: (n, C) or (n, C, H, W) of the first samples of the first unit, n > 0; or their tokens, all of them or
+            a sample.
         head: `weight` (K, C) and `bias` (K,) that turn this node into logits, where there is such a head.
+        fraction: of each image's tokens that will be stored, in (0, 1].
 
     Raises:
         CacheError: values that are not finite.
     """
-    layout = "feature_map" if values.ndim == 4 else "logits" if name == "logits" else "pooled"
     measured: dict[str, float] = {}
-    codec = dtype
+    codec = {"int8": "token_int8"}.get(dtype, dtype)
+    if isinstance(values, Tokens):
+        if dtype == "auto":
+            codec, measured = choose_token_codec(values)
+        elif dtype == "uint8":
+            codec = "token_int8"  # tokens are signed
+        return NodeSpec(
+            name=name,
+            layout="tokens",
+            shape=tuple(values.values.shape[1:]),
+            dtype=dtype,
+            codec=codec,
+            tokens=fraction,
+            measured=measured,
+        )
+    layout = "feature_map" if values.ndim == 4 else "logits" if name == "logits" else "pooled"
     if dtype == "auto":
         codec, measured = choose_codec(name, values, head)
     elif dtype == "uint8":
@@ -214,7 +189,7 @@ def choose_codec(
     Raises:
         CacheError: values that are not finite.
     """
-    exact = _finite(values.detach().to("cpu", torch.float32), values, "float32")
+    exact = finite(values.detach().to("cpu", torch.float32), values, "float32")
     measured: dict[str, float] = {}
     for codec in (_eight_bit_codec(name, exact), "float16"):
         spec = NodeSpec(name=name, layout="pooled", shape=tuple(exact.shape[1:]), dtype="auto", codec=codec)

@@ -13,21 +13,24 @@ import torch
 import xxhash
 from safetensors import SafetensorError
 
-from vkd_cache.cache.codecs import CODEC_ARRAYS, Array, decode_node, rounding_bound
+from vkd_cache.cache.arrays import Array
+from vkd_cache.cache.codecs import decode_node, rounding_bound, stored_arrays
 from vkd_cache.cache.documents import unseal
 from vkd_cache.cache.schema import Manifest, NodeSpec, UnitRecord
 from vkd_cache.cache.storage import Storage, open_storage
+from vkd_cache.cache.token_codecs import decode_tokens, tokens_rounding_bound
 from vkd_cache.cache.units import (
-    COLUMNS,
     ColumnSpec,
     UnitId,
     check_columns,
+    columns_of,
     keys_from_columns,
     record_path,
     unit_of_record,
     unpack_unit,
 )
 from vkd_cache.errors import CacheFormatError, CacheMismatchError, CorruptCacheError, IncompleteCacheError
+from vkd_cache.tokens import Tokens
 
 MANIFEST_PATH = "manifest.json"
 
@@ -66,18 +69,46 @@ class Unit:
             (n, C) or (n, C, H, W): float16 and bfloat16 as stored, everything else float32.
 
         Raises:
-            CacheFormatError: the cache has no such node.
+            CacheFormatError: the cache has no such node, or it is one of tokens.
         """
-        spec = self._manifest.node(name)
+        spec = self._spec(name, tokens=False)
         return decode_node(spec, self._stored(spec), rows)
 
+    def tokens(self, name: str, rows: npt.NDArray[np.integer] | slice | None = None) -> Tokens:
+        """Tokens of a node of layout `tokens`.
+
+        Args:
+            name: one of the manifest's nodes.
+            rows: positions in this unit (not in the source shard), in [0, n); None: all.
+
+        Returns:
+            Tokens of these images in the precision that is stored; int8 with its scale, see `Tokens.dense`.
+
+        Raises:
+            CacheFormatError: the cache has no such node, or it is a dense one.
+        """
+        spec = self._spec(name, tokens=True)
+        return decode_tokens(spec, self._stored(spec), rows)
+
     def rounding(self, name: str, rows: npt.NDArray[np.integer] | slice | None = None) -> torch.Tensor:
-        """How far each value of `node(name, rows)` may be from the teacher's, by its codec alone; float32."""
+        """How far each value of a node may be from the teacher's, by its codec alone: float32.
+
+        In the shape of `node(name, rows)`, or (T, C) for those of `tokens(name, rows)`.
+        """
         spec = self._manifest.node(name)
+        if spec.layout == "tokens":
+            return tokens_rounding_bound(spec, self._stored(spec), rows)
         return rounding_bound(spec, self._stored(spec), rows)
 
+    def _spec(self, name: str, *, tokens: bool) -> NodeSpec:
+        spec = self._manifest.node(name)
+        if (spec.layout == "tokens") != tokens:
+            ask = "tokens" if spec.layout == "tokens" else "node"
+            raise CacheFormatError(f"node '{name}': has layout {spec.layout}. Read it with {ask}('{name}').")
+        return spec
+
     def _stored(self, spec: NodeSpec) -> dict[str, Array]:
-        return {suffix: self._arrays[f"node.{spec.name}{suffix}"] for suffix in CODEC_ARRAYS[spec.codec]}
+        return {suffix: self._arrays[f"node.{spec.name}{suffix}"] for suffix in stored_arrays(spec)}
 
 
 class Cache:
@@ -98,7 +129,7 @@ class Cache:
     @property
     def columns(self) -> dict[str, ColumnSpec]:
         """Dtype and shape per row of every column of a unit but the keys and the nodes."""
-        return dict(COLUMNS)
+        return columns_of(self.manifest)
 
     @property
     def units(self) -> tuple[UnitId, ...]:

@@ -14,8 +14,8 @@ from typing import Any
 from vkd_cache.cache.documents import FORMAT_VERSION, Fields, canonical, check_version, seal, unseal
 from vkd_cache.errors import CacheFormatError
 
-LAYOUTS = ("pooled", "logits", "feature_map")
-DTYPES = ("auto", "float32", "float16", "bfloat16", "uint8")
+LAYOUTS = ("pooled", "logits", "feature_map", "tokens")
+DTYPES = ("auto", "float32", "float16", "bfloat16", "uint8", "int8")
 CODEC_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "sqrt_uint8": 1, "token_int8": 1}
 CODECS = tuple(CODEC_BYTES)
 BACKENDS = ("zarr", "webdataset")
@@ -36,10 +36,11 @@ class NodeSpec:
 
     Attributes:
         name: lower-case letters, digits and `_`; columns `node.<name>` and, for 8-bit codecs, `node.<name>.scale`.
-        layout: `pooled` (C,), `logits` (K,) or `feature_map` (C, H, W).
-        shape: of one sample.
+        layout: `pooled` (C,), `logits` (K,), `feature_map` (C, H, W), or ragged `tokens` (C,).
+        shape: of one sample; of one token.
         dtype: what the user asked for.
         codec: how it is stored; see `vkd_cache.cache.codecs`.
+        tokens: share of each image's tokens that is stored, in (0, 1]; 1.0 for the other layouts.
         measured: effect of the codec on the first unit, by name, where dtype was `auto`; not in the fingerprint.
     """
 
@@ -48,17 +49,31 @@ class NodeSpec:
     shape: tuple[int, ...]
     dtype: str
     codec: str
+    tokens: float = 1.0
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def sample_bytes(self) -> int:
-        """Bytes of one sample before compression; what a unit stores once is not counted."""
+        """Bytes of one sample before compression; what a unit stores once is not counted, and neither are tokens."""
+        if self.layout == "tokens":  # offset, grid, sum, sum of squares
+            return 4 + 4 + 8 * self.shape[0]
+        return self._value_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one stored token; 0 for the other layouts."""
+        if self.layout != "tokens":
+            return 0
+        return self._value_bytes + (4 if self.tokens < 1 else 0)
+
+    @property
+    def _value_bytes(self) -> int:
         values = math.prod(self.shape) * CODEC_BYTES[self.codec]
         return values + 4 * math.prod(self.shape[1:]) if self.codec == "token_int8" else values
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
-        return {
+        body: dict[str, Any] = {
             "name": self.name,
             "layout": self.layout,
             "shape": list(self.shape),
@@ -66,6 +81,7 @@ class NodeSpec:
             "codec": self.codec,
             "measured": dict(self.measured),
         }
+        return {**body, "tokens": float(self.tokens)} if self.layout == "tokens" else body
 
     @classmethod
     def from_json(cls, body: object, where: str, path: str = "node.") -> "NodeSpec":
@@ -86,14 +102,25 @@ class NodeSpec:
         measured = fields.object("measured") if "measured" in fields.body else {}
         if not all(isinstance(value, (int, float)) for value in measured.values()):
             raise fields.refuse("measured", "numbers by name")
+        codec = fields.text("codec", CODECS)
+        if layout == "tokens" and codec == "sqrt_uint8":
+            raise fields.refuse("codec", "another than sqrt_uint8, whose scales belong to dense channels")
         return cls(
             name=name,
             layout=layout,
             shape=shape,
             dtype=fields.text("dtype", DTYPES),
-            codec=fields.text("codec", CODECS),
+            codec=codec,
+            tokens=_checked_share(fields) if layout == "tokens" else 1.0,
             measured=measured,
         )
+
+
+def _checked_share(fields: Fields) -> float:
+    share = fields.body.get("tokens")
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise fields.refuse("tokens", "a number above 0 and at most 1")
+    return float(share)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """A unit as a tar of NumPy arrays that plain webdataset reads: block b of column c is the member `<b>.<c>.npy`.
 
-A newcomer's trap: each block stands on its own, so `key_offsets` start at 0 in each, and what a unit has once (the
+A newcomer's trap: each block stands on its own, so offsets start at 0 in each, and what a unit has once (the
 scale of `sqrt_uint8`) is repeated in each.
 """
 
@@ -14,11 +14,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vkd_cache.cache.codecs import Array
+from vkd_cache.cache.arrays import Array
 from vkd_cache.cache.schema import Manifest
 from vkd_cache.errors import CacheFormatError
 
 _MEMBER = re.compile(r"(\d{6,})\.([a-z0-9_.]+)\.npy")
+_OFFSETS = re.compile(r"key_offsets|node\.[a-z0-9_]+\.offsets")
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
 _DTYPES = ("|u1", "|i1", "<u2", "<u4", "<u8", "<f2", "<f4")
 
@@ -26,14 +27,14 @@ _DTYPES = ("|u1", "|i1", "<u2", "<u4", "<u8", "<f2", "<f4")
 def pack(columns: Mapping[str, Array], manifest: Manifest) -> bytes:
     """The columns as one tar file: blocks in row order, columns in name order, dates fixed."""
     num_rows = len(columns["row"])
-    shared = _shared_columns(manifest)
+    shared, ragged = _shared_columns(manifest), _ragged_columns(manifest)
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         # a unit without rows still has one, empty, block: it says what its columns are
         for block, start in enumerate(range(0, max(1, num_rows), manifest.block_samples)):
             end = min(num_rows, start + manifest.block_samples)
             for name in sorted(columns):
-                array = columns[name] if name in shared else _rows_of(columns, name, start, end)
+                array = columns[name] if name in shared else _rows_of(columns, name, ragged, start, end)
                 content = _npy(array)
                 entry = tarfile.TarInfo(f"{block:06d}.{name}.npy")
                 entry.size = len(content)
@@ -46,12 +47,19 @@ def _shared_columns(manifest: Manifest) -> set[str]:
     return {f"node.{node.name}.scale" for node in manifest.nodes if node.codec == "sqrt_uint8"}
 
 
-def _rows_of(columns: Mapping[str, Array], name: str, start: int, end: int) -> Array:
-    offsets = columns["key_offsets"]
-    if name == "key_bytes":
+def _ragged_columns(manifest: Manifest) -> dict[str, str]:
+    """Column -> the one that says where each row of it starts."""
+    tokens = [f"node.{node.name}" for node in manifest.nodes if node.layout == "tokens"]
+    ragged = {f"{name}{suffix}": f"{name}.offsets" for name in tokens for suffix in ("", ".scale", ".index")}
+    return {"key_bytes": "key_offsets", **ragged}
+
+
+def _rows_of(columns: Mapping[str, Array], name: str, ragged: Mapping[str, str], start: int, end: int) -> Array:
+    if name in ragged:
+        offsets = columns[ragged[name]]
         return columns[name][int(offsets[start]) : int(offsets[end])]
-    if name == "key_offsets":
-        rebased: Array = offsets[start : end + 1].astype(np.uint32) - np.uint32(offsets[start])
+    if name in ragged.values():
+        rebased: Array = columns[name][start : end + 1].astype(np.uint32) - np.uint32(columns[name][start])
         return rebased
     return columns[name][start:end]
 
@@ -113,8 +121,8 @@ def _join(blocks: Mapping[int, Mapping[str, Array]]) -> dict[str, Array]:
     columns = {}
     for name, first in parts[0].items():
         arrays = [part[name] for part in parts]
-        if name == "key_offsets":
-            columns[name] = _join_offsets(arrays)
+        if _OFFSETS.fullmatch(name):
+            columns[name] = _join_offsets(arrays, name)
         elif _is_shared(name, parts):
             columns[name] = first
         elif not first.ndim or len({(array.shape[1:], array.dtype) for array in arrays}) > 1:
@@ -134,9 +142,9 @@ def _is_shared(name: str, parts: list[Mapping[str, Array]]) -> bool:
     return True
 
 
-def _join_offsets(arrays: list[Array]) -> Array:
+def _join_offsets(arrays: list[Array], name: str) -> Array:
     if any(array.dtype != np.uint32 or array.ndim != 1 or not len(array) or array[0] != 0 for array in arrays):
-        raise CacheFormatError("unit: column 'key_offsets': found blocks that do not start at 0.")
+        raise CacheFormatError(f"unit: column '{name}': found blocks that do not start at 0.")
     bases = np.cumsum([0, *(int(array[-1]) for array in arrays)])
     shifted = [array[1:].astype(np.int64) + base for array, base in zip(arrays, bases[:-1], strict=True)]
     joined: Array = np.concatenate([np.zeros(1, np.int64), *shifted]).astype(np.uint32)

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from vkd_cache.cache import tar_backend, zarr_backend
-from vkd_cache.cache.codecs import CODEC_ARRAYS, Array, array_shapes
+from vkd_cache.cache.arrays import Array, check_array, column_of, summary
+from vkd_cache.cache.codecs import array_shapes, stored_arrays
 from vkd_cache.cache.schema import Manifest
+from vkd_cache.cache.token_codecs import check_tokens
 from vkd_cache.errors import CacheFormatError
 
 
@@ -51,6 +52,9 @@ COLUMNS: dict[str, ColumnSpec] = {
     "mix_lambda": ColumnSpec("<f4"),
     "mix_box": ColumnSpec("<u2", (4,)),
 }
+
+# and, where the recipe's geometry is `detection`, one that says how large the view is within its canvas
+DETECTION_COLUMNS: dict[str, ColumnSpec] = {"view_size": ColumnSpec("<u2", (2,))}
 
 _RECORD_PATH = re.compile(r"records/view-(\d{4,10})/shard-(\d{6,10})\.json")
 _SUFFIXES = {"zarr": ".zip", "webdataset": ".tar"}
@@ -97,6 +101,16 @@ def keys_from_columns(columns: Mapping[str, Array]) -> list[str]:
         raise CacheFormatError(f"key_bytes: found bytes that are not UTF-8 ({error}), expected UTF-8 keys.") from error
 
 
+def columns_of(manifest: Manifest) -> dict[str, ColumnSpec]:
+    """The columns with one entry per row of this cache's units, besides the keys and the nodes."""
+    return {**COLUMNS, **DETECTION_COLUMNS} if is_detection(manifest) else dict(COLUMNS)
+
+
+def is_detection(manifest: Manifest) -> bool:
+    """Whether the cache is one of a detection data set: views of many sizes, annotations instead of classes."""
+    return manifest.recipe.get("geometry") == "detection"
+
+
 def pack_unit(columns: Mapping[str, Array], manifest: Manifest) -> bytes:
     """All columns of a unit, node arrays included, as one file. The same columns give the same bytes."""
     if manifest.backend == "webdataset":
@@ -124,46 +138,30 @@ def check_columns(columns: Mapping[str, Array], manifest: Manifest, where: str) 
     Raises:
         CacheFormatError: a column is missing or not as the format says; names the column, found and expected.
     """
-    offsets = _column(columns, "key_offsets", where)
-    _check_array(offsets, "<u4", (None,), f"{where}: column 'key_offsets'")
+    offsets = column_of(columns, "key_offsets", where)
+    check_array(offsets, "<u4", (None,), f"{where}: column 'key_offsets'")
     num_rows = len(offsets) - 1
-    key_bytes = _column(columns, "key_bytes", where)
+    key_bytes = column_of(columns, "key_bytes", where)
     ends = offsets.astype(np.int64)
-    _check_array(key_bytes, "|u1", (None,), f"{where}: column 'key_bytes'")
+    check_array(key_bytes, "|u1", (None,), f"{where}: column 'key_bytes'")
     if num_rows < 0 or ends[0] != 0 or ends[-1] != len(key_bytes) or (np.diff(ends) < 0).any():
         raise CacheFormatError(
-            f"{where}: column 'key_offsets': found {_summary(offsets)}, expected n + 1 rising offsets from 0 to "
+            f"{where}: column 'key_offsets': found {summary(offsets)}, expected n + 1 rising offsets from 0 to "
             f"{len(key_bytes)}, the length of key_bytes."
         )
-    for name, spec in COLUMNS.items():
-        _check_array(_column(columns, name, where), spec.dtype, (num_rows, *spec.shape), f"{where}: column '{name}'")
+    for name, spec in columns_of(manifest).items():
+        check_array(column_of(columns, name, where), spec.dtype, (num_rows, *spec.shape), f"{where}: column '{name}'")
     if columns["op_id"].shape != columns["op_value"].shape:
         raise CacheFormatError(
             f"{where}: column 'op_value': found shape {columns['op_value'].shape}, expected op_id's "
             f"{columns['op_id'].shape}."
         )
     for node in manifest.nodes:
+        if node.layout == "tokens":
+            check_tokens(columns, node, num_rows, where)
+            continue
         shapes = array_shapes(node, num_rows)
-        for suffix, dtype in CODEC_ARRAYS[node.codec].items():
+        for suffix, dtype in stored_arrays(node).items():
             name = f"node.{node.name}{suffix}"
-            _check_array(_column(columns, name, where), dtype, shapes[suffix], f"{where}: column '{name}'")
+            check_array(column_of(columns, name, where), dtype, shapes[suffix], f"{where}: column '{name}'")
     return num_rows
-
-
-def _column(columns: Mapping[str, Array], name: str, where: str) -> Array:
-    if name not in columns:
-        raise CacheFormatError(f"{where}: column '{name}' is missing: found {', '.join(sorted(columns))}.")
-    return columns[name]
-
-
-def _check_array(array: Array, dtype: str, shape: Sequence[int | None], where: str) -> None:
-    fits = len(array.shape) == len(shape) and all(
-        size == wanted or wanted is None for size, wanted in zip(array.shape, shape, strict=True)
-    )
-    if array.dtype != np.dtype(dtype) or not fits:
-        expected = ", ".join("any" if size is None else str(size) for size in shape)
-        raise CacheFormatError(f"{where}: found {_summary(array)}, expected {np.dtype(dtype)} ({expected}).")
-
-
-def _summary(array: npt.NDArray[np.generic]) -> str:
-    return f"{array.dtype} {tuple(array.shape)}"

@@ -14,13 +14,16 @@ import safetensors.torch
 import torch
 import xxhash
 
-from vkd_cache.cache.codecs import Array, encode_node
+from vkd_cache.cache.arrays import Array
+from vkd_cache.cache.codecs import encode_node
 from vkd_cache.cache.documents import seal
 from vkd_cache.cache.reader import MANIFEST_PATH, Cache, read_manifest
-from vkd_cache.cache.schema import Manifest, UnitRecord, manifest_differences
+from vkd_cache.cache.schema import Manifest, NodeSpec, UnitRecord, manifest_differences
 from vkd_cache.cache.storage import Storage, open_storage
+from vkd_cache.cache.token_codecs import encode_tokens
 from vkd_cache.cache.units import UnitId, check_columns, pack_unit, record_path, unit_path
 from vkd_cache.errors import CacheError, CacheFormatError, CacheMismatchError
+from vkd_cache.tokens import Tokens
 
 _SHOWN_DIFFERENCES = 20
 
@@ -50,7 +53,7 @@ class CacheWriter:
         shard: int,
         view: int,
         columns: Mapping[str, Array],
-        nodes: Mapping[str, torch.Tensor],
+        nodes: Mapping[str, torch.Tensor | Tokens],
         broken: Sequence[tuple[str, int, str]] = (),
     ) -> UnitRecord:
         """Store one unit, then its record: after that, and only then, it is published.
@@ -58,8 +61,9 @@ class CacheWriter:
         Args:
             shard: number of the shard.
             view: number of the view.
-            columns: every column of `vkd_cache.cache.units.COLUMNS`, and `key_bytes`, `key_offsets`; n rows.
-            nodes: (n, ...) values of every node of the manifest, any floating dtype, any device.
+            columns: every column of `vkd_cache.cache.units.columns_of`, and `key_bytes`, `key_offsets`; n rows.
+            nodes: (n, ...) values of every node of the manifest, any floating dtype, any device; where its layout is
+                `tokens`, those of the n samples.
             broken: (key, row in the source shard, reason) of images without a row, in row order.
 
         Raises:
@@ -87,18 +91,26 @@ class CacheWriter:
         """Store free-form bytes as `runs/<name>`: what a run was asked for and did. Not part of the cache's content."""
         self._storage.put(f"runs/{name}", data)
 
-    def _encode(self, nodes: Mapping[str, torch.Tensor], where: str) -> dict[str, Array]:
+    def _encode(self, nodes: Mapping[str, torch.Tensor | Tokens], where: str) -> dict[str, Array]:
         wanted = [spec.name for spec in self.manifest.nodes]
         if sorted(nodes) != sorted(wanted):
             raise CacheFormatError(f"{where}: found values of nodes {sorted(nodes)}, expected {sorted(wanted)}.")
         arrays = {}
         for spec in self.manifest.nodes:
             try:
-                encoded = encode_node(nodes[spec.name], spec.codec)
+                encoded = _encoded(nodes[spec.name], spec)
+            except CacheFormatError as error:
+                raise CacheFormatError(f"{where}: node '{spec.name}': {error}") from error
             except CacheError as error:
                 raise CacheError(f"{where}: node '{spec.name}': {error}") from error
             arrays.update({f"node.{spec.name}{suffix}": array for suffix, array in encoded.items()})
         return arrays
+
+
+def _encoded(values: torch.Tensor | Tokens, spec: NodeSpec) -> dict[str, Array]:
+    if isinstance(values, Tokens) != (spec.layout == "tokens"):
+        raise CacheFormatError(f"found a {type(values).__name__}, expected values of layout {spec.layout}.")
+    return encode_tokens(values, spec) if isinstance(values, Tokens) else encode_node(values, spec.codec)
 
 
 def create_cache(url: str, manifest: Manifest, head: Mapping[str, torch.Tensor] | None = None) -> CacheWriter:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
 
-from vkd_cache.cache.codecs import Array
+from vkd_cache.cache.arrays import Array
 from vkd_cache.cache.schema import Manifest
 from vkd_cache.errors import CacheFormatError
 
@@ -39,8 +39,7 @@ _LOCAL_HEADER = struct.Struct("<26xHH")
 
 def pack(columns: Mapping[str, Array], manifest: Manifest) -> bytes:
     """The columns as one zip file; entries in name order, dates fixed."""
-    # dense maps shrink by a tenth for twice the time
-    raw = {f"node.{node.name}" for node in manifest.nodes if node.layout == "feature_map"}
+    raw = _uncompressed(manifest)
     group = {"zarr_format": 3, "node_type": "group", "attributes": {"vkd_cache_format": 1}}
     entries: dict[str, bytes | memoryview] = {"zarr.json": _json(group)}
     for name, column in columns.items():
@@ -59,6 +58,12 @@ def pack(columns: Mapping[str, Array], manifest: Manifest) -> bytes:
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, entries[path])
     return stream.getvalue()
+
+
+def _uncompressed(manifest: Manifest) -> set[str]:
+    # dense maps and tokens shrink by a tenth for twice the time
+    suffixes = {"feature_map": ("",), "tokens": ("", ".scale", ".sum", ".sumsq")}
+    return {f"node.{node.name}{suffix}" for node in manifest.nodes for suffix in suffixes.get(node.layout, ())}
 
 
 def _array_metadata(shape: tuple[int, ...], dtype: np.dtype[Any], compressed: bool) -> dict[str, Any]:
