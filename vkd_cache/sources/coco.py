@@ -128,7 +128,8 @@ def _find_missing(folder: Path, names: Sequence[str]) -> None:
     for path in names:
         parent, _, name = path.rpartition("/")
         if parent not in there:
-            there[parent] = file_names(folder / parent) if (folder / parent).is_dir() else set()
+            is_folder = os.path.isdir(folder / parent)  # noqa: PTH112 - Path.is_dir() raises for names too long
+            there[parent] = file_names(folder / parent) if is_folder else set()
         if name not in there[parent]:
             findings.add(_NO_FILE, path)
     findings.raise_any()

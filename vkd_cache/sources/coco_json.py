@@ -249,12 +249,12 @@ def _warn(path: Path, category_ids: npt.NDArray[np.int64], box_ids: npt.NDArray[
             f"{path}: {len(category_ids)} categories with ids up to {num_outputs - 1}: a detector has one output "
             f"an id, so {num_outputs - len(category_ids)} outputs learn nothing. Renumber the categories from 1.",
             CocoWarning,
-            stacklevel=5,
+            stacklevel=7,
         )
     if (box_ids == 0).any():
         warnings.warn(
             f"{path}: an annotation has the id 0, which pycocotools takes for 'no match': a detection of that box "
             "counts as wrong. Number annotations from 1 where AP is measured.",
             CocoWarning,
-            stacklevel=5,
+            stacklevel=7,
         )
