@@ -25,8 +25,9 @@ def valid_value(section: str, field: dataclasses.Field[Any]) -> st.SearchStrateg
         return choice if hint is str else st.lists(choice, max_size=3).map(tuple)
     if hint is bool:
         return st.booleans()
-    if hint is int:
-        return st.integers(0 if low is None else low, 2**31 if high is None else high)
+    if hint in (int, tuple[int, ...]):
+        whole = st.integers(0 if low is None else low, 2**31 if high is None else high)
+        return whole if hint is int else st.lists(whole, max_size=3).map(tuple)
     if hint is str:
         return st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), max_size=20)
     return st.floats(0.0 if low is None else low, 1e6 if high is None else high)

@@ -40,8 +40,8 @@ def boxes_in_view(boxes: Boxes, labels: Labels, params: ViewParams) -> tuple[Box
         params: of a detection view.
 
     Returns:
-        (k, 4) float32 (centre x, centre y, width, height) in [0, 1], and their labels; boxes without area in the crop
-        are gone.
+        (k, 4) float32 (centre x, centre y, width, height) in [0, 1] up to rounding, and their labels; boxes without
+        area in the crop are gone.
     """
     corners, kept = corners_in_view(boxes, params)
     first, last = corners[:, :2], corners[:, 2:]
