@@ -141,25 +141,38 @@ class ExtractConfig:
 class StudentConfig:
     """Which network is trained."""
 
-    name: str = option("", "deit_ti_distilled, deit_s_distilled, or any timm classification model")
+    name: str = option(
+        "", "deit_ti_distilled, deit_s_distilled, any timm classification model, or for detection vidt_swin_nano etc."
+    )
     drop_path: float = option(0.0, "stochastic depth rate", minimum=0.0, maximum=0.99)
     sync_batchnorm: bool = option(False, "batch-norm statistics over all ranks (GPU only)")
+    cross_scale_fusion: bool = option(False, "detection: fuse the patch maps of the body across their scales")
+    iou_aware: bool = option(False, "detection: a head that predicts how well each box fits")
+    token_label: bool = option(False, "detection: a class head on every patch token")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """The three terms of VkD's loss."""
 
-    task_weight: float = option(1.0, "cross entropy against (mixed, smoothed) labels", minimum=0.0)
-    feature_weight: float = option(1.0, "projected student features against normalised teacher features", minimum=0.0)
-    logit_weight: float = option(1.0, "KL divergence from the teacher's probabilities", minimum=0.0)
+    task_weight: float = option(
+        1.0, "cross entropy against (mixed, smoothed) labels; detection: class, box and overlap losses", minimum=0.0
+    )
+    feature_weight: float = option(
+        1.0, "projected student features against normalised teacher features; the reference's detectors: 4", minimum=0.0
+    )
+    logit_weight: float = option(
+        1.0, "KL divergence from the teacher's probabilities; without effect on detection", minimum=0.0
+    )
     temperature: float = option(1.0, "temperature of the logit loss", minimum=1e-3)
     smoothing: float = option(0.1, "label smoothing of the task loss", minimum=0.0, maximum=0.999)
     feature_loss: str = option(
         "smooth_l1", "distance of the feature loss", choices=("smooth_l1", "l2", "l1", "cosine", "log_sum")
     )
     normalisation: str = option(
-        "layer_norm", "normalisation of the teacher side", choices=("layer_norm", "standardize", "whiten", "none")
+        "layer_norm",
+        "normalisation of the teacher side; detection standardises both sides whatever it says",
+        choices=("layer_norm", "standardize", "whiten", "none"),
     )
     projector: str = option(
         "polar",

@@ -20,12 +20,13 @@ from vkd_cache.config import Config, config_to_json, parse_view_range
 from vkd_cache.errors import ConfigError
 from vkd_cache.runtime import JobSplit, hardware, library_versions
 from vkd_cache.sources import Source, open_source
+from vkd_cache.stages.extract_checks import check_fit, nodes_to_store
 from vkd_cache.stages.extract_job import ExtractJob, ExtractSummary
 from vkd_cache.stages.extract_plan import ExtractPlan
 from vkd_cache.stages.ranks import take_device
 from vkd_cache.stages.teaching import TeacherRun, start_teacher
 from vkd_cache.stages.units import units_of_worker
-from vkd_cache.teachers import Teacher, load_teacher
+from vkd_cache.teachers import DetectionTeacher, Teacher, load_teacher
 from vkd_cache.views.recipe import make_recipe
 
 
@@ -40,11 +41,11 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
     _check_config(config)
     source = open_source(config.source.train, split="train", shard_size=config.source.shard_size)
     recipe = make_recipe(config.views)
+    check_fit(config, source, recipe)
     existing = find_cache(config.cache.url)
     device = take_device(config.extract.device, split.local_index)
-    teacher = load_teacher(
-        config.teacher, nodes=config.cache.nodes, num_classes=source.num_classes, view_px=recipe.size_px
-    )
+    nodes = nodes_to_store(config.cache, source)
+    teacher = load_teacher(config.teacher, nodes=nodes, num_classes=source.num_classes, view_px=recipe.size_px)
     _warn_of_classes(teacher, source)
     run = start_teacher(teacher, config.extract, device)
     plan = ExtractPlan(config=config, source=source, recipe=recipe, run=run)
@@ -67,15 +68,16 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
     return summary
 
 
-def _warn_of_classes(teacher: Teacher, source: Source) -> None:
+def _warn_of_classes(teacher: Teacher | DetectionTeacher, source: Source) -> None:
     """Features serve all the same, so this is no error; but it is seldom meant."""
     classes = teacher.identity["num_classes"]
-    if classes not in (0, source.num_classes):
-        console.warn(
-            f"the teacher {teacher.identity['name']} has {classes} classes, {source.location} has "
-            f"{source.num_classes}: its logits cannot teach these labels. Train with [loss] logit_weight = 0, or give "
-            "the weights that were trained for this data."
-        )
+    if classes in (0, source.num_classes):
+        return
+    found = f"the teacher {teacher.identity['name']} has {classes} classes, {source.location} has {source.num_classes}"
+    cure = "its logits cannot teach these labels. Train with [loss] logit_weight = 0, or give"
+    if isinstance(teacher, DetectionTeacher):
+        cure = "its tokens teach all the same, but were they meant for this data? Else give"
+    console.warn(f"{found}: {cure} the weights that were trained for this data.")
 
 
 def _check_config(config: Config) -> None:

@@ -21,7 +21,7 @@ from vkd_cache.errors import CacheError, SourceError, TeacherError
 from vkd_cache.sources import Source
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask
 from vkd_cache.stages.teaching import TeacherRun, taught_batches
-from vkd_cache.stages.transfer import mixed_images
+from vkd_cache.stages.transfer import model_input
 from vkd_cache.stages.units import UnitAssembly, check_storable, unit_tasks
 from vkd_cache.views.recipe import Recipe
 
@@ -125,10 +125,10 @@ class ExtractJob:
             assembly: UnitAssembly | None = None
             for batch, pixels in self._timed_batches(units):
                 unit, is_last = batch.tag
-                assembly = assembly or UnitAssembly(self._source, unit, self._writer.manifest.nodes)
+                assembly = assembly or self._new_assembly(unit)
                 started = time.monotonic()
                 if self._usable(batch):
-                    assembly.add(batch, self._run(mixed_images(pixels, batch.mix)))
+                    assembly.add(batch, self._run(model_input(batch, pixels)))
                     self._keep_one_batch_queued()
                 self._seconds["teacher"] += time.monotonic() - started
                 writer.check()
@@ -140,6 +140,9 @@ class ExtractJob:
                 progress.detail(self._where_time_goes())
             writer.finish()
             progress.detail(self._where_time_goes())
+
+    def _new_assembly(self, unit: UnitId) -> UnitAssembly:
+        return UnitAssembly(self._source, unit, self._writer.manifest.nodes, seed=self._config.views.seed)
 
     def _keep_one_batch_queued(self) -> None:
         """Wait for the batch before this one: the GPU has one to go on with, and memory for no more is needed."""

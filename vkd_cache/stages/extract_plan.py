@@ -5,26 +5,26 @@ They are decided once, by whoever starts the cache, always on its first unit; ev
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
 from vkd_cache import console
 from vkd_cache.cache.codecs import resolve_codec
 from vkd_cache.cache.reader import Cache, find_cache
-from vkd_cache.cache.schema import CODEC_BYTES, Manifest, NodeSpec
+from vkd_cache.cache.schema import Manifest, NodeSpec
 from vkd_cache.cache.units import UnitId
 from vkd_cache.cache.writer import check_same, describe_head
 from vkd_cache.config import Config
-from vkd_cache.errors import SourceError, TeacherError, VkdCacheError
 from vkd_cache.runtime import library_versions
 from vkd_cache.sources import Source, source_identity
-from vkd_cache.stages.rendering import Renderer
-from vkd_cache.stages.teaching import TeacherRun, taught_batches
-from vkd_cache.stages.transfer import mixed_images
-from vkd_cache.stages.units import unit_tasks
+from vkd_cache.stages.extract_checks import share_of
+from vkd_cache.stages.extract_probe import probe_teacher
+from vkd_cache.stages.extract_size import view_bytes
+from vkd_cache.stages.teaching import TeacherRun
+from vkd_cache.teachers import DetectionTeacher
+from vkd_cache.tokens import Tokens, tokens_from_sequences
 from vkd_cache.views.recipe import Recipe
-
-PROBE_SAMPLES = 256  # of the first unit: enough for a stable loss effect, and seconds on a CPU
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class ExtractPlan:
         rows = [
             ("source", f"{self.source.location} ({self.source.kind}): {num_images} images, "
                        f"{self.source.num_classes} classes, {len(self.source.shards)} shards"),
-            ("views", f"{config.views.count or 1} of recipe {self.recipe.name} at {self.recipe.size_px} px"),
+            ("views", f"{config.views.count or 1} of recipe {self.recipe.name} at {self._size_text()} px"),
             ("teacher", f"{config.teacher.name} on {self.run.device}{autocast}, batches of {self.run.batch_size}"),
             ("nodes", self._nodes_text(nodes)),
             ("cache", f"{config.cache.url} ({config.cache.backend}), " + ("exists" if existing else "new")),
@@ -99,11 +99,11 @@ class ExtractPlan:
         for name, shape in self.run.teacher.node_shapes.items():
             spec = stored.get(name)
             if spec is not None and spec.dtype == dtype:
-                nodes.append(dataclasses.replace(spec, shape=shape))
+                nodes.append(dataclasses.replace(spec, shape=shape, tokens=share_of(name, self.config.cache)))
             elif dtype not in ("auto", "uint8"):
-                nodes.append(resolve_codec(name, dtype, torch.zeros(1, *shape)))
+                nodes.append(self._spec(name, dtype))
             elif existing is not None:  # refused anyway for its dtype: no need to find out the codec
-                plain = resolve_codec(name, "float32", torch.zeros(1, *shape))
+                plain = self._spec(name, "float32")
                 codec = spec.codec if spec is not None else plain.codec
                 nodes.append(dataclasses.replace(plain, dtype=dtype, codec=codec))
             else:
@@ -111,62 +111,51 @@ class ExtractPlan:
         return tuple(nodes)
 
     def _measured_nodes(self) -> tuple[NodeSpec, ...]:
-        nodes = self._probe()
+        cache = self.config.cache
+        nodes = probe_teacher(self.source, self.recipe, self.config.views.seed, self.run)
         head = self.run.teacher.head_tensors()
-        dtype = self.config.cache.dtype
         return tuple(
-            resolve_codec(name, dtype, values, head if name == "pooled" else None) for name, values in nodes.items()
+            resolve_codec(name, cache.dtype, values, head if name == "pooled" else None, share_of(name, cache))
+            for name, values in nodes.items()
         )
 
-    def _probe(self) -> dict[str, torch.Tensor]:
-        """Node values (n, ...) of the first samples of the first unit that has any, n <= PROBE_SAMPLES or a batch.
+    def _spec(self, name: str, dtype: str) -> NodeSpec:
+        """A node whose codec does not depend on its values."""
+        values = self._no_values(self.run.teacher.node_shapes[name])
+        return resolve_codec(name, dtype, values, fraction=share_of(name, self.config.cache))
 
-        Always from shard 0 and view 0 on, whatever this worker's share is, so that all workers decide alike. Broken
-        images, unreadable files and features that are not finite are left out: the units they belong to will tell.
-        """
-        seed = self.config.views.seed
-        renderer = Renderer(self.source, self.recipe, seed)
-        why: VkdCacheError | None = None
-        for shard in range(len(self.source.shards)):
-            found: list[dict[str, torch.Tensor]] = []
-            count = 0
-            tasks = unit_tasks(self.source, self.recipe, seed, UnitId(shard, 0), self.run.batch_size)
-            for batch, pixels in taught_batches(renderer, tasks, 0, self.run):
-                why = why or batch.error
-                if batch.error is not None or not batch.ok.any():
-                    continue
-                outputs = {name: values.cpu() for name, values in self.run(mixed_images(pixels, batch.mix)).items()}
-                keep = torch.from_numpy(batch.ok)
-                for values in outputs.values():
-                    keep = keep & torch.isfinite(values).flatten(1).all(1)
-                if not keep.any():
-                    why = why or TeacherError(
-                        f"{self.config.teacher.name}: gives features that are not finite. Under float16 autocast "
-                        "values overflow at 65504: use [extract] autocast = 'bfloat16' or 'off'."
-                    )
-                    continue
-                found.append({name: values[keep] for name, values in outputs.items()})
-                count += int(keep.sum())
-                if count >= PROBE_SAMPLES:
-                    break
-            if found:
-                return {name: torch.cat([values[name] for values in found]) for name in found[0]}
-        raise why or SourceError(f"{self.source.location}: not one of its images can be decoded.")
+    def _no_values(self, shape: tuple[int, ...]) -> torch.Tensor | Tokens:
+        """Stands for values of a node where only their shape counts."""
+        if not isinstance(self.run.teacher, DetectionTeacher):
+            return torch.zeros(1, *shape)
+        return tokens_from_sequences(torch.zeros(1, 1, *shape), (1, 1))
+
+    def _size_text(self) -> str:
+        scales = self.recipe.detection.scales if self.recipe.detection is not None else (self.recipe.size_px,)
+        return f"{min(scales)} to {max(scales)}" if len(scales) > 1 else str(scales[0])
 
     def _nodes_text(self, nodes: tuple[NodeSpec, ...] | None) -> str:
         shapes = self.run.teacher.node_shapes
         codecs = {spec.name: spec.codec for spec in nodes or ()}
         dtype = self.config.cache.dtype
         undecided = "auto: measured on the first unit" if dtype == "auto" else dtype
+        shares = {name: share_of(name, self.config.cache) for name in shapes}
         return ", ".join(
-            f"{name} {'x'.join(map(str, shape))} as {codecs.get(name, undecided)}" for name, shape in shapes.items()
+            f"{name} {'x'.join(map(str, shape))} as {codecs.get(name, undecided)}"
+            + (f" ({100 * shares[name]:g} % of its tokens)" if shares[name] < 1 else "")
+            for name, shape in shapes.items()
         )
 
     def _bytes_text(self, nodes: tuple[NodeSpec, ...] | None, samples: int) -> str:
         if nodes is not None:
-            return f"{samples * sum(spec.sample_bytes for spec in nodes) / 1e6:.1f} MB"
-        values = samples * sum(torch.Size(shape).numel() for shape in self.run.teacher.node_shapes.values())
-        smallest, largest = values * CODEC_BYTES["sqrt_uint8"], values * CODEC_BYTES["float32"]
-        if self.config.cache.dtype == "uint8":
-            return f"{smallest / 1e6:.1f} MB"
-        return f"{smallest / 1e6:.1f} to {largest / 1e6:.1f} MB"
+            return f"{samples * self._view_bytes(nodes) / 1e6:.1f} MB"
+        largest = [self._spec(name, "float32") for name in self.run.teacher.node_shapes]
+        smallest = [
+            dataclasses.replace(spec, codec="token_int8" if spec.layout == "tokens" else "sqrt_uint8")
+            for spec in largest
+        ]
+        least, most = (samples * self._view_bytes(specs) / 1e6 for specs in (smallest, largest))
+        return f"{least:.1f} MB" if self.config.cache.dtype == "uint8" else f"{least:.1f} to {most:.1f} MB"
+
+    def _view_bytes(self, specs: Sequence[NodeSpec]) -> float:
+        return view_bytes(specs, self.source, self.recipe, self.config.views.seed, self.run.teacher)

@@ -1,6 +1,7 @@
 """A unit's way through extraction: cut into render tasks, and put together again from the teacher's batches.
 
-Rows are visited pair by pair, so that both members of a pair are in one batch; they are stored in the shard's order.
+Rows are visited pair by pair, so that both members of a pair are in one batch; rows of detection, which are never
+mixed, canvas by canvas. They are stored in the shard's order.
 
 Shape legend: n rows of the shard, b samples of a batch.
 """
@@ -15,37 +16,53 @@ import torch
 from vkd_cache.cache.schema import NodeSpec
 from vkd_cache.cache.units import UnitId, keys_to_columns
 from vkd_cache.errors import TeacherError
-from vkd_cache.sources import Source
+from vkd_cache.sources import CocoSource, Source, is_detection
 from vkd_cache.stages.rendering import RenderedBatch, RenderTask
+from vkd_cache.stages.unit_tokens import HALF_DTYPES, as_stored, extremes, finite_images, in_order, sampled_tokens
+from vkd_cache.tokens import Tokens
 from vkd_cache.views.mixing import pair_slots, plan_mixing
 from vkd_cache.views.params import MixPlan
+from vkd_cache.views.plan import plan_canvas
 from vkd_cache.views.recipe import Recipe
 
-HALF_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+Output = torch.Tensor | Tokens
 
 
 def unit_tasks(
     source: Source, recipe: Recipe, seed: int, unit: UnitId, batch_size: int
 ) -> list[RenderTask]:
-    """The batches of one unit; `tag` is (unit, is it the last one). `batch_size` is even."""
+    """The batches of one unit; `tag` is (unit, is it the last one). `batch_size` is even.
+
+    A batch of detection holds views of one canvas, as the plan says it: what else is in a unit has no say in that.
+    """
     shard, view = unit
     plan = plan_mixing(recipe, seed, source.shards[shard].keys, view)
     rows = pair_slots(plan).reshape(-1)
-    rows = rows[rows >= 0]
-    tasks = []
-    for start in range(0, len(rows), batch_size):
-        batch_rows = rows[start : start + batch_size]
-        shards = np.full(len(batch_rows), shard, np.int64)
-        tasks.append(
-            RenderTask(
-                tag=(unit, start + batch_size >= len(rows)),
-                shard=shards,
-                row=batch_rows,
-                view=view,
-                mix=mix_of_batch(plan, batch_rows),
-            )
+    groups = [rows[rows >= 0]]
+    if is_detection(source):
+        groups = rows_by_canvas(source, recipe, seed, unit)
+    batches = [rows[start : start + batch_size] for rows in groups for start in range(0, len(rows), batch_size)]
+    return [
+        RenderTask(
+            tag=(unit, number == len(batches)),
+            shard=np.full(len(batch_rows), shard, np.int64),
+            row=batch_rows,
+            view=view,
+            mix=mix_of_batch(plan, batch_rows),
         )
-    return tasks
+        for number, batch_rows in enumerate(batches, start=1)
+    ]
+
+
+def rows_by_canvas(source: CocoSource, recipe: Recipe, seed: int, unit: UnitId) -> list[npt.NDArray[np.int64]]:
+    """Rows of a unit's shard that share a canvas, ascending; the canvases by height and width."""
+    shard, view = unit
+    rows: dict[tuple[int, int], list[int]] = {}
+    for row, key in enumerate(source.shards[shard].keys):
+        width, height = source.image_size(shard, row)
+        canvas = plan_canvas(recipe, seed, key, view, width_px=width, height_px=height)
+        rows.setdefault(canvas, []).append(row)
+    return [np.array(rows[canvas], np.int64) for canvas in sorted(rows)]
 
 
 def mix_of_batch(plan: MixPlan, rows: npt.NDArray[np.int64]) -> MixPlan:
@@ -60,6 +77,8 @@ def mix_of_batch(plan: MixPlan, rows: npt.NDArray[np.int64]) -> MixPlan:
     )
 
 
+
+
 class UnitAssembly:
     """Collects the batches of one unit and gives its columns and node values, without the broken rows.
 
@@ -67,20 +86,22 @@ class UnitAssembly:
     of them would be gigabytes, and each holds a file descriptor.
     """
 
-    def __init__(self, source: Source, unit: UnitId, nodes: Sequence[NodeSpec] = ()) -> None:
-        """`nodes`: those that are stored as half floats are converted before they leave the device."""
+    def __init__(self, source: Source, unit: UnitId, nodes: Sequence[NodeSpec] = (), *, seed: int = 0) -> None:
+        """`nodes`: those that are stored as half floats are converted before they leave the device, as are all tokens,
+        of which only the sample that `seed`, the cache's, draws leaves it."""
         self.unit = unit
         self._shard = source.shards[unit.shard]
-        self._dtypes = {spec.name: HALF_DTYPES[spec.codec] for spec in nodes if spec.codec in HALF_DTYPES}
+        self._specs = {spec.name: spec for spec in nodes}
+        self._seed = seed
         self._rows: list[npt.NDArray[np.int64]] = []
         self._ok: list[npt.NDArray[np.bool_]] = []
         self._columns: list[dict[str, npt.NDArray[np.generic]]] = []
         self._broken: list[tuple[str, int, str]] = []
-        self._outputs: list[dict[str, torch.Tensor]] = []
+        self._outputs: list[dict[str, Output]] = []
         self._copied: list[torch.cuda.Event] = []
 
-    def add(self, batch: RenderedBatch, outputs: dict[str, torch.Tensor]) -> None:
-        """Take one batch; `outputs` (b, ...) per node may still be on their way from a GPU."""
+    def add(self, batch: RenderedBatch, outputs: Mapping[str, Output]) -> None:
+        """Take one batch; `outputs` (b, ...) or tokens of b images may still be on their way from a GPU."""
         self._rows.append(batch.row)
         self._ok.append(batch.ok)
         self._columns.append(batch.columns | _mix_columns(batch))
@@ -89,19 +110,30 @@ class UnitAssembly:
             for row, reason in ((int(batch.row[position]), reason) for position, reason in batch.broken)
         ]
         # copies from a GPU go to pinned memory, which torch allocates for them, and are complete at the event
-        self._outputs.append(
-            {
-                name: values.to(self._dtypes.get(name, values.dtype)).to("cpu", non_blocking=True)
-                for name, values in outputs.items()
-            }
-        )
-        device = next((values.device for values in outputs.values() if values.device.type == "cuda"), None)
+        self._outputs.append({name: self._kept(name, values, batch) for name, values in outputs.items()})
+        tensors = [values.values if isinstance(values, Tokens) else values for values in outputs.values()]
+        device = next((tensor.device for tensor in tensors if tensor.device.type == "cuda"), None)
         if device is not None:
             self._copied.append(torch.cuda.current_stream(device).record_event())
 
+    def _kept(self, name: str, values: Output, batch: RenderedBatch) -> Output:
+        """What is stored of a node, on its way to the host."""
+        spec = self._specs.get(name)
+        if not isinstance(values, Tokens):
+            dtype = HALF_DTYPES.get(spec.codec) if spec is not None else None
+            return values.to(dtype or values.dtype).to("cpu", non_blocking=True)
+        if not batch.ok.all():
+            values = values.select(np.flatnonzero(batch.ok))
+        if spec is not None:
+            keys = [self._shard.keys[row] for row in batch.row[batch.ok].tolist()]
+            values = sampled_tokens(values, spec, seed=self._seed, keys=keys, view=self.unit.view)
+        if spec is not None:
+            values = as_stored(values, spec.codec)
+        return values.to(torch.device("cpu"))
+
     def finish(
         self,
-    ) -> tuple[dict[str, npt.NDArray[np.generic]], dict[str, torch.Tensor], list[tuple[str, int, str]]]:
+    ) -> tuple[dict[str, npt.NDArray[np.generic]], dict[str, Output], list[tuple[str, int, str]]]:
         """Columns and node values (row order, broken rows left out), and the broken rows as (key, row, reason).
 
         Batches are let go of as they are copied: this can be called once.
@@ -117,22 +149,33 @@ class UnitAssembly:
         rows = rows[order]
         columns |= keys_to_columns([self._shard.keys[row] for row in rows.tolist()])
         columns |= {"row": rows.astype(np.uint32), "label": self._shard.labels[rows].astype(np.uint32)}
+        return columns, self._joined(order, ok), sorted(self._broken, key=_row)
+
+    def _joined(self, order: npt.NDArray[np.int64], ok: npt.NDArray[np.bool_]) -> dict[str, Output]:
+        """Node values, the rows of all batches taken in `order`; those that are not `ok` are not in it."""
         place = np.full(len(ok), -1, np.int64)
         place[order] = np.arange(len(order))
-        return columns, self._joined(torch.from_numpy(place), len(order)), sorted(self._broken, key=_row)
-
-    def _joined(self, place: torch.Tensor, num_rows: int) -> dict[str, torch.Tensor]:
-        """Node values (num_rows, ...), each row put at its `place`; -1 for those that are left out."""
-        first = self._outputs[0]
-        nodes = {name: values.new_empty((num_rows, *values.shape[1:])) for name, values in first.items()}
-        start = 0
-        while self._outputs:
-            outputs = self._outputs.pop(0)
-            part = place[start : start + len(next(iter(outputs.values())))]
-            for name, values in outputs.items():
-                nodes[name][part[part >= 0]] = values[part >= 0]
-            start += len(part)
+        kept = (np.cumsum(ok) - 1)[order]  # tokens of broken images have been left out already
+        nodes: dict[str, Output] = {}
+        for name in list(self._outputs[0]):
+            parts = [outputs.pop(name) for outputs in self._outputs]
+            tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+            tokens = [part for part in parts if isinstance(part, Tokens)]
+            del parts
+            nodes[name] = in_order(tokens, kept) if tokens else _placed(tensors, torch.from_numpy(place), len(order))
         return nodes
+
+
+def _placed(parts: list[torch.Tensor], place: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """(num_rows, ...), each row of `parts` at its `place`, -1 for those that are left out; `parts` is emptied."""
+    joined = parts[0].new_empty((num_rows, *parts[0].shape[1:]))
+    start = 0
+    while parts:
+        values = parts.pop(0)
+        to = place[start : start + len(values)]
+        joined[to[to >= 0]] = values[to >= 0]
+        start += len(values)
+    return joined
 
 
 def _row(broken: tuple[str, int, str]) -> int:
@@ -151,32 +194,40 @@ def _mix_columns(batch: RenderedBatch) -> dict[str, npt.NDArray[np.generic]]:
     }
 
 
-def check_storable(specs: Sequence[NodeSpec], nodes: Mapping[str, torch.Tensor], keys: Sequence[str]) -> None:
-    """Refuse node values (n, ...) that their codecs cannot hold; `keys` are those of the n rows.
+def check_storable(specs: Sequence[NodeSpec], nodes: Mapping[str, Output], keys: Sequence[str]) -> None:
+    """Refuse node values (n, ...) or tokens that their codecs cannot hold; `keys` are those of the n rows.
 
     Raises:
         TeacherError: names the node and the first such key.
     """
     for spec in specs:
         values = nodes[spec.name]
-        if not values.numel():
+        if not len(values) or (isinstance(values, torch.Tensor) and not values.numel()):
             continue
-        low, high = (float(extreme) for extreme in values.aminmax())
+        low, high = extremes(values) if isinstance(values, Tokens) else map(float, values.aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
-            bad = ~torch.isfinite(values).flatten(1).all(1)
+            bad = ~finite_rows(values)
             what = "not finite"
             cure = (
                 "Under float16, autocast or dtype, values overflow at 65504: use bfloat16, or autocast 'off' and "
                 "--dtype float32."
             )
-        elif low < 0 and spec.codec == "sqrt_uint8":
-            bad = (values < 0).flatten(1).any(1)
+        elif low < 0 and spec.codec == "sqrt_uint8" and isinstance(values, torch.Tensor):
+            bad = (values < 0).flatten(1).any(1).numpy()
             what = "negative, which codec sqrt_uint8 cannot hold,"
             cure = "The codec was chosen for a first unit without any: extract into another cache with --dtype float16."
         else:
             continue
-        first = keys[int(bad.nonzero()[0, 0])]
+        first = keys[int(np.flatnonzero(bad)[0])]
         raise TeacherError(f"node '{spec.name}' is {what} for {int(bad.sum())} samples, first key '{first}'. {cure}")
+
+
+def finite_rows(values: Output) -> npt.NDArray[np.bool_]:
+    """(n,) which samples have nothing but finite values."""
+    if isinstance(values, Tokens):
+        return finite_images(values)
+    rows: npt.NDArray[np.bool_] = torch.isfinite(values).flatten(1).all(1).numpy()
+    return rows
 
 
 def units_of_worker(num_shards: int, views: Sequence[int], index: int, count: int) -> list[UnitId]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from vkd_cache import console
 from vkd_cache.cache.reader import Cache, Unit
 from vkd_cache.cache.units import UnitId, unit_path
+from vkd_cache.detection.sampling import sample_places
 from vkd_cache.sources import Source
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, pixel_versions, render_loader
 from vkd_cache.stages.verify_sample import Level
@@ -24,10 +25,13 @@ from vkd_cache.views.params import params_from_columns, params_to_columns
 from vkd_cache.views.plan import plan_view
 from vkd_cache.views.recipe import Recipe
 
-PARAM_COLUMNS = tuple(params_to_columns([], 0))
-
 _BATCH = 64  # views per render task
 FEW_VIEWS = 512  # rendered here before worker processes would have started
+
+
+def param_columns(recipe: Recipe) -> tuple[str, ...]:
+    """Names of the columns that views of a recipe are replayed from."""
+    return tuple(params_to_columns([], 0, sized=recipe.detection is not None))
 
 
 class PixelCheck:
@@ -73,7 +77,7 @@ class PixelCheck:
             shard=np.full(len(rows), unit.id.shard, np.int64),
             row=rows,
             view=unit.id.view,
-            params={name: unit.columns[name][at] for name in PARAM_COLUMNS} if replayed else None,
+            params={name: unit.columns[name][at] for name in param_columns(self._recipe)} if replayed else None,
         )
 
     def _each(self, batch: RenderedBatch, task: RenderTask) -> Iterator[tuple[RenderedBatch, int]]:
@@ -116,6 +120,7 @@ class PixelCheck:
                 f"{pixel_versions(self._cache.manifest.versions)} when the cache was made.",
             )
         self._check_plan(unit, place, key, where)
+        self._check_sample(unit, place, key, where)
 
     def _check_plan(self, unit: Unit, place: int, key: str, where: str) -> None:
         """The seed proves where the params came from."""
@@ -129,6 +134,21 @@ class PixelCheck:
                 f"view {unit.id.view} of key '{key}': found {stored}, cache seed {seed} plans {planned}. Its params "
                 "are not those of the plan: extract into another cache.",
             )
+
+    def _check_sample(self, unit: Unit, place: int, key: str, where: str) -> None:
+        """Which tokens are stored is drawn from the seed, too."""
+        for spec in self._cache.manifest.nodes:
+            if spec.tokens == 1.0:
+                continue
+            stored = unit.tokens(spec.name, np.array([place]))
+            count = int(stored.counts[0])
+            planned = sample_places(self._cache.manifest.seed, key, unit.id.view, spec.name, count, spec.tokens)
+            if stored.index is None or not np.array_equal(stored.index, planned):
+                self._level.error(
+                    where,
+                    f"view {unit.id.view} of key '{key}': node '{spec.name}' holds other tokens than the "
+                    f"{len(planned)} of {count} that the cache seed draws. Extract into another cache.",
+                )
 
     def _check_unit(self, unit: Unit) -> None:
         """Keys, labels and mixing of a whole unit against source and plan: hashes only, nothing is decoded."""

@@ -23,10 +23,13 @@ from vkd_cache.sources import Source
 from vkd_cache.stages.ranks import take_device
 from vkd_cache.stages.rendering import Renderer, RenderTask, render_loader
 from vkd_cache.stages.teaching import TeacherRun, start_teacher
-from vkd_cache.stages.transfer import ahead_on_device, mixed_images
-from vkd_cache.stages.verify_pixels import FEW_VIEWS, PARAM_COLUMNS
+from vkd_cache.stages.transfer import ahead_on_device, model_input
+from vkd_cache.stages.unit_tokens import on_host
+from vkd_cache.stages.verify_pixels import FEW_VIEWS, param_columns
 from vkd_cache.stages.verify_sample import Level
+from vkd_cache.stages.verify_tokens import Gap, tokens_gap
 from vkd_cache.teachers import load_teacher
+from vkd_cache.tokens import Tokens
 from vkd_cache.views.params import MixPlan
 from vkd_cache.views.recipe import Recipe
 
@@ -59,7 +62,7 @@ def check_teacher(
         return
     recipe = Recipe.from_json(cache.manifest.recipe)
     under_way: deque[list[_Part]] = deque()
-    tasks = _tasks(cache, chosen, run.batch_size, under_way)
+    tasks = _tasks(cache, recipe, chosen, run.batch_size, under_way)
     renderer = Renderer(source, recipe, cache.manifest.seed)
     total = sum(map(len, chosen.values()))
     workers = config.extract.workers if total > FEW_VIEWS else 0
@@ -71,8 +74,7 @@ def check_teacher(
                 reason = str(batch.error) if batch.error is not None else f"broken image: {batch.broken[0][1]}"
                 level.error(MANIFEST_PATH, f"views cannot be replayed ({reason}): see `verify --pixels`.")
                 continue
-            outputs = run(mixed_images(pixels, batch.mix))
-            _compare(cache, run, parts, {name: values.cpu() for name, values in outputs.items()}, level)
+            _compare(cache, run, parts, run(model_input(batch, pixels)), level)
             progress.advance(sum(int(part.asked.sum()) for part in parts))
 
 
@@ -107,14 +109,18 @@ def _start(cache: Cache, config: Config, level: Level) -> TeacherRun | None:
         channels_last=bool(numerics["channels_last"]),
         compile=bool(numerics["compiled"]),
     )
-    run = start_teacher(teacher, run_as, take_device(config.extract.device))
+    run = start_teacher(teacher, run_as, take_device(config.extract.device), padded=False)
     if run.device.type != numerics["device"]:
         level.note(MANIFEST_PATH, f"the teacher runs on {run.device.type} here, it ran on {numerics['device']} then.")
     return run
 
 
 def _tasks(
-    cache: Cache, chosen: Mapping[UnitId, npt.NDArray[np.int64]], batch_size: int, under_way: deque[list[_Part]]
+    cache: Cache,
+    recipe: Recipe,
+    chosen: Mapping[UnitId, npt.NDArray[np.int64]],
+    batch_size: int,
+    under_way: deque[list[_Part]],
 ) -> Iterator[RenderTask]:
     """Tasks of at most `batch_size` rows, each of one view, with partners; their parts are queued in `under_way`."""
     waiting: list[_Part] = []
@@ -123,7 +129,7 @@ def _tasks(
         unit = cache.read(*unit_id)
         asked = np.flatnonzero(np.isin(unit.rows, chosen[unit_id]))
         if waiting and waiting[0].unit.id.view != unit_id.view:
-            yield _task(waiting, under_way)
+            yield _task(waiting, recipe, under_way)
             waiting, count = [], 0
         slots = _slots(unit, asked)
         while slots:
@@ -135,10 +141,10 @@ def _tasks(
                 waiting.append(_Part(unit, place, np.isin(place, asked)))
                 count += len(places)
             if slots:
-                yield _task(waiting, under_way)
+                yield _task(waiting, recipe, under_way)
                 waiting, count = [], 0
     if waiting:
-        yield _task(waiting, under_way)
+        yield _task(waiting, recipe, under_way)
 
 
 def _slots(unit: Unit, asked: npt.NDArray[np.int64]) -> deque[Slot]:
@@ -148,13 +154,13 @@ def _slots(unit: Unit, asked: npt.NDArray[np.int64]) -> deque[Slot]:
     return deque(dict.fromkeys(tuple(sorted({one, other})) for one, other in pairs))
 
 
-def _task(parts: list[_Part], under_way: deque[list[_Part]]) -> RenderTask:
+def _task(parts: list[_Part], recipe: Recipe, under_way: deque[list[_Part]]) -> RenderTask:
     under_way.append(list(parts))
     starts = np.cumsum([0, *(len(part.place) for part in parts)])
     partner = np.concatenate([start + _partner(part) for start, part in zip(starts[:-1], parts, strict=True)])
     columns = {
         name: np.concatenate([part.unit.columns[name][part.place] for part in parts])
-        for name in (*PARAM_COLUMNS, "mix_kind", "mix_lambda", "mix_box")
+        for name in (*param_columns(recipe), "mix_kind", "mix_lambda", "mix_box")
     }
     kind, lam, box = (columns.pop(name) for name in ("mix_kind", "mix_lambda", "mix_box"))
     return RenderTask(
@@ -183,40 +189,42 @@ def _partner(part: _Part) -> npt.NDArray[np.int64]:
 
 
 def _compare(
-    cache: Cache, run: TeacherRun, parts: list[_Part], outputs: Mapping[str, torch.Tensor], level: Level
+    cache: Cache, run: TeacherRun, parts: list[_Part], outputs: Mapping[str, torch.Tensor | Tokens], level: Level
 ) -> None:
     start = 0
+    noise = _noise(cache, run)
     for part in parts:
         asked = np.flatnonzero(part.asked)
         place = part.place[asked]
         for name, values in outputs.items():
-            found = values[torch.from_numpy(start + asked)].float()
-            stored = part.unit.node(name, place).float()
-            _compare_node(cache, run, name, (part.unit, place), found, stored, level)
+            if isinstance(values, Tokens):
+                gap = tokens_gap(on_host(values.select(start + asked)), part.unit, name, place, noise)
+            else:
+                gap = _dense_gap(values.cpu()[torch.from_numpy(start + asked)], part.unit, name, place, noise)
+            _note(cache, name, (part.unit, place), gap, level)
         level.checked += len(asked)
         start += len(part.place)
 
 
-def _compare_node(
-    cache: Cache,
-    run: TeacherRun,
-    name: str,
-    at: tuple[Unit, npt.NDArray[np.int64]],
-    found: torch.Tensor,
-    stored: torch.Tensor,
-    level: Level,
-) -> None:
-    unit, place = at
-    noise = _noise(cache, run) * found.flatten(1).abs().amax(1).reshape([-1] + [1] * (found.ndim - 1))
-    excess = ((found - stored).abs() - unit.rounding(name, place) - noise).flatten(1).amax(1)
+def _dense_gap(
+    values: torch.Tensor, unit: Unit, name: str, place: npt.NDArray[np.int64], noise: float
+) -> Gap:
+    found, stored = values.float(), unit.node(name, place).float()
+    allowed = noise * found.flatten(1).abs().amax(1).reshape([-1] + [1] * (found.ndim - 1))
+    excess = ((found - stored).abs() - unit.rounding(name, place) - allowed).flatten(1).amax(1)
     error = (found - stored).flatten(1).norm(dim=1) / found.flatten(1).norm(dim=1).clamp_min(1e-12)
+    return Gap((excess <= 0).numpy(), error.numpy())  # nan is no pass
+
+
+def _note(cache: Cache, name: str, at: tuple[Unit, npt.NDArray[np.int64]], gap: Gap, level: Level) -> None:
+    unit, place = at
     largest = f"{name}_error"
-    level.measured[largest] = max(level.measured.get(largest, 0.0), float(error.max()))
-    for row in (~(excess <= 0)).nonzero().flatten().tolist():  # nan is no pass
+    level.measured[largest] = max(level.measured.get(largest, 0.0), float(gap.error.max()))
+    for row in np.flatnonzero(~gap.explained).tolist():
         level.error(
             unit_path(unit.id, cache.manifest.backend),
             f"node '{name}' of key '{unit.keys[place[row]]}', view {unit.id.view}: the teacher's values differ from "
-            f"the stored ones by {float(error[row]):.2g} of their norm, more than codec "
+            f"the stored ones by {float(gap.error[row]):.2g} of their norm, more than codec "
             f"{cache.manifest.node(name).codec} and arithmetic explain. Extract into another cache.",
         )
 

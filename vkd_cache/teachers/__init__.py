@@ -1,5 +1,7 @@
-"""Teachers: timm models and callables, loaded, checked, frozen, and tapped by node name."""
+"""Teachers: classification networks and detectors, loaded, checked, frozen, and tapped by node name."""
 
-from vkd_cache.teachers.teacher import Teacher, load_teacher
+from vkd_cache.teachers.detector import DetectionTeacher, is_detector, load_detector
+from vkd_cache.teachers.loading import load_teacher
+from vkd_cache.teachers.teacher import Teacher, load_classifier
 
-__all__ = ["Teacher", "load_teacher"]
+__all__ = ["DetectionTeacher", "Teacher", "is_detector", "load_classifier", "load_detector", "load_teacher"]

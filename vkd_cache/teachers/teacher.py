@@ -149,8 +149,8 @@ class Teacher(nn.Module):
         return layer if _close(functional.linear(found[POOLED], weight, layer.bias), found[LOGITS]) else None
 
 
-def load_teacher(config: TeacherConfig, *, nodes: Sequence[str], num_classes: int, view_px: int) -> Teacher:
-    """Build the teacher that `config` names, with its weights, on the CPU.
+def load_classifier(config: TeacherConfig, *, nodes: Sequence[str], num_classes: int, view_px: int) -> Teacher:
+    """Build the classification teacher that `config` names, with its weights, on the CPU.
 
     Args:
         config: name, weights, number of classes and input size; see its fields.
