@@ -170,9 +170,11 @@ def _batches(source: CocoSource, recipe: Recipe, size: int) -> list[npt.NDArray[
 
 def _detect(model: Detector, source: CocoSource, batch: RenderedBatch, pixels: Tensor, name: str) -> list[Found]:
     """COCO results of the images of a batch that could be decoded."""
+    decoded = np.flatnonzero(batch.ok)
+    if not len(decoded):
+        return []
     with torch.no_grad():
-        output = model.detect(canvas_batch(batch, pixels))
-    decoded = np.flatnonzero(batch.ok)  # the others are black
+        output = model.detect(canvas_batch(batch, pixels))  # broken images are black
     rows = torch.from_numpy(decoded).to(pixels.device)
     logits, boxes = output.logits[-1][rows], output.boxes[-1][rows]
     num_classes = logits.shape[-1]
