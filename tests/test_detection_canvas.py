@@ -176,9 +176,7 @@ def test_the_references_batch_is_a_batch_of_one_canvas() -> None:
     np.testing.assert_allclose(padded, [0.1651785671710968, 0.1651785671710968, 0.1339285671710968], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("view", "canvas"), [([129, 10], [128, 128]), ([10, 10], [128, 192]), ([10, 129], [128, 128])]
-)
+@pytest.mark.parametrize(("view", "canvas"), [([129, 10], [128, 128]), ([10, 10], [128, 192]), ([10, 129], [128, 128])])
 def test_what_does_not_fit_its_canvas_is_refused(view: list[int], canvas: list[int]) -> None:
     images = torch.zeros(1, 3, 128, 128)
     batch = CanvasBatch(images=images, view_size=np.array([view]), canvas=np.array([canvas]))

@@ -77,9 +77,7 @@ class DetectionCriterion:
         """The unweighted losses (L+1,) of each layer's prediction: `class`, `box`, `giou` and maybe `iou`."""
         return self._layers(output, targets, _boxes_per_process(targets, output.logits.device))
 
-    def _layers(
-        self, output: "DetectorOutput", targets: Sequence[BoxTargets], num_boxes: Tensor
-    ) -> dict[str, Tensor]:
+    def _layers(self, output: "DetectorOutput", targets: Sequence[BoxTargets], num_boxes: Tensor) -> dict[str, Tensor]:
         _check(output, targets)
         device = output.logits.device
         with torch.autocast(device.type, enabled=False):

@@ -75,4 +75,3 @@ def token_shares(target: BoxTargets, grid: Sequence[int], num_classes: int) -> T
     shares = shares.view(height * width, num_classes + 1)
     shares[:, 0] = 1 - shares[:, -1]
     return shares[:, :-1]
-
