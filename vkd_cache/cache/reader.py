@@ -74,6 +74,14 @@ class Unit:
         spec = self._spec(name, tokens=False)
         return decode_node(spec, self._stored(spec), rows)
 
+    def layout(self, name: str) -> str:
+        """How a node is laid out: `tokens`, to be read by `tokens`, or one of the layouts that `node` reads.
+
+        Raises:
+            CacheFormatError: the cache has no such node.
+        """
+        return self._manifest.node(name).layout
+
     def tokens(self, name: str, rows: npt.NDArray[np.integer] | slice | None = None) -> Tokens:
         """Tokens of a node of layout `tokens`.
 

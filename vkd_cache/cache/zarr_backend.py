@@ -32,9 +32,15 @@ _ZSTD_CODEC = {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL, "checksum
 
 # what decides how the bytes of an array are read
 _LAYOUT_FIELDS = ("zarr_format", "node_type", "data_type", "chunk_grid", "chunk_key_encoding", "codecs")
-_MAX_ARRAY_BYTES = 2**40
 _MAX_METADATA_BYTES = 2**20
+# a unit may be this many times as large as its file, and this many bytes more: zeros shrink a lot, and a bomb more
+_MAX_EXPANSION = 1000
+_MAX_FREE_BYTES = 2**26
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _LOCAL_HEADER = struct.Struct("<26xHH")
+
+
+_Layout = tuple[tuple[int, ...], np.dtype[Any], bool]  # shape, dtype, whether compressed
 
 
 def pack(columns: Mapping[str, Array], manifest: Manifest) -> bytes:
@@ -94,7 +100,11 @@ def unpack(data: bytes) -> dict[str, Array]:
     try:
         entries = _zip_entries(data)
         names = [path.removesuffix("/zarr.json") for path in entries if path.endswith("/zarr.json")]
-        return {name: _read_array(name, entries) for name in names}
+        layouts = {name: _array_layout(name, entries[f"{name}/zarr.json"]) for name in names}
+        num_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype, _ in layouts.values())
+        if num_bytes > _MAX_EXPANSION * len(data) + _MAX_FREE_BYTES:
+            raise CacheFormatError(f"unit: found arrays of {num_bytes} bytes in a file of {len(data)}.")
+        return {name: _read_array(name, layout, entries) for name, layout in layouts.items()}
     except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError, OverflowError) as error:
         raise CacheFormatError(f"unit: found bytes that are not a zip file of zarr arrays ({error}).") from error
 
@@ -115,9 +125,9 @@ def _zip_entries(data: bytes) -> dict[str, memoryview]:
     return entries
 
 
-def _read_array(name: str, entries: Mapping[str, memoryview]) -> Array:
+def _read_array(name: str, layout: _Layout, entries: Mapping[str, memoryview]) -> Array:
     """One array, not writable: it lies in the file's bytes or in those that zstd made."""
-    shape, dtype, compressed = _array_layout(name, entries[f"{name}/zarr.json"])
+    shape, dtype, compressed = layout
     num_bytes = math.prod(shape) * dtype.itemsize
     if not num_bytes:
         return np.empty(shape, dtype)
@@ -127,6 +137,8 @@ def _read_array(name: str, entries: Mapping[str, memoryview]) -> Array:
     content: bytes | memoryview = entries[path]
     if compressed:
         try:
+            if (found := _frame_bytes(entries[path])) != num_bytes:  # before anything is allocated for it
+                raise ValueError(f"of {found} bytes, expected {num_bytes}")
             content = Zstd(level=_ZSTD_LEVEL).decode(content)
         except (RuntimeError, ValueError, MemoryError) as error:
             raise CacheFormatError(f"unit: {path}: found bytes that are not a zstd frame ({error}).") from error
@@ -135,7 +147,20 @@ def _read_array(name: str, entries: Mapping[str, memoryview]) -> Array:
     return np.frombuffer(content, dtype).reshape(shape)
 
 
-def _array_layout(name: str, metadata: memoryview) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
+def _frame_bytes(frame: memoryview) -> int:
+    """How large a zstd frame says it is once decompressed (RFC 8878, section 3.1.1.1)."""
+    if bytes(frame[:4]) != _ZSTD_MAGIC or len(frame) < 5:
+        raise ValueError("no zstd magic number")
+    flags = frame[4]
+    is_single = bool(flags & 0x20)
+    start = 5 + (0 if is_single else 1) + (0, 1, 2, 4)[flags & 3]
+    size = (1 if is_single else 0, 2, 4, 8)[flags >> 6]
+    if not size or len(frame) < start + size:
+        raise ValueError("no content size")
+    return int.from_bytes(frame[start : start + size], "little") + (256 if size == 2 else 0)
+
+
+def _array_layout(name: str, metadata: memoryview) -> _Layout:
     """Shape, dtype and whether compressed, of an array laid out as `pack` does; other metadata is tolerated."""
     try:
         found = json.loads(bytes(metadata[:_MAX_METADATA_BYTES]))
@@ -143,7 +168,7 @@ def _array_layout(name: str, metadata: memoryview) -> tuple[tuple[int, ...], np.
         dtype = np.dtype(_DTYPES[found["data_type"]])
         compressed = len(found["codecs"]) == 2
         fits = len(shape) <= 8 and all(type(size) is int and 0 <= size < 2**40 for size in shape)
-        if not fits or math.prod(shape) * dtype.itemsize > _MAX_ARRAY_BYTES:
+        if not fits:
             raise ValueError(f"shape {found['shape']}")
         for field, expected in _array_metadata(shape, dtype, compressed).items():
             if field in _LAYOUT_FIELDS and found[field] != expected:
