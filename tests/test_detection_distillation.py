@@ -313,15 +313,35 @@ def step(model: Callable[..., tuple[dict[str, Tensor], Tensor]], ranks: tuple[in
     return sum(terms.values(), torch.zeros(())) + detection_feature_loss(projected, teacher)
 
 
+def empty_step(model: Callable[..., tuple[dict[str, Tensor], Tensor]]) -> Tensor:
+    """What a process without images left adds to a step of the others: its part of every exchange, and 0."""
+    output = random_output(torch.Generator().manual_seed(5), images=2)
+    projected, logits = model({name: rows(1).float() for name in ("patch_1", "body_det")}, output.logits)
+    nothing = np.zeros((0, 2), np.int64)
+    none = torch.zeros(0, 4)
+    teacher = Tokens(values=none, grid=nothing, offsets=np.zeros(1, np.int64), total=none, squares=none)
+    terms = DetectionCriterion()(
+        dataclasses.replace(output, logits=logits), random_targets(torch.Generator(), (0, 0), 4)
+    )
+    feature = detection_feature_loss(
+        {name: part[:0] for name, part in projected.items()}, dict.fromkeys(projected, teacher)
+    )
+    assert feature.item() == 0
+    return (sum(terms.values(), torch.zeros(())) + feature) * 0.0
+
+
 def one_process(rank: int, store: str, results: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     student = seeded_student()
     wrapped = nn.parallel.DistributedDataParallel(student)  # its hooks live as long as this name
-    loss = step(wrapped, (rank,))
-    loss.backward()
-    gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
-    torch.save({"loss": loss.detach(), "gradients": gradients}, f"{results}/{rank}.pt")
+    found = {}
+    for name, idle in (("both", False), ("first", rank == 1)):
+        student.zero_grad()
+        loss = empty_step(wrapped) if idle else step(wrapped, (rank,))
+        loss.backward()
+        found[name] = {"loss": loss.detach()} | {key: value.grad.clone() for key, value in student.named_parameters()}
+    torch.save(found, f"{results}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -329,11 +349,13 @@ def test_two_processes_are_one_with_all_images(tmp_path: Path) -> None:
     """The mean over processes of losses and of gradients, which is what DDP forms, although their batches differ."""
     mp.spawn(one_process, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    student = seeded_student()
-    loss = step(student, (0, 1))
-    loss.backward()
-    assert (found[0]["loss"] + found[1]["loss"]).item() / 2 == pytest.approx(loss.item(), rel=1e-5)
-    assert found[0]["loss"].item() != pytest.approx(found[1]["loss"].item(), rel=1e-2)
-    for name, parameter in student.named_parameters():
-        assert torch.equal(found[0]["gradients"][name], found[1]["gradients"][name])
-        torch.testing.assert_close(found[0]["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6)
+    for name, ranks in {"both": (0, 1), "first": (0,)}.items():
+        student = seeded_student()
+        loss = step(student, ranks)
+        loss.backward()
+        losses = [rank[name].pop("loss").item() for rank in found]
+        assert sum(losses) / 2 == pytest.approx(loss.item(), rel=1e-5)
+        assert losses[0] != pytest.approx(losses[1], rel=1e-2)
+        for key, parameter in student.named_parameters():
+            assert torch.equal(found[0][name][key], found[1][name][key])
+            torch.testing.assert_close(found[0][name][key], parameter.grad, rtol=1e-4, atol=1e-6)

@@ -86,7 +86,8 @@ def detection_feature_loss(
     processes is then that of one process with all images, so a caller multiplies by no batch share of its own.
 
     Args:
-        student: per node all valid tokens (T, Ct), projected, the images end to end.
+        student: per node all valid tokens (T, Ct), projected, the images end to end; (0, Ct) for a process that has no
+            image left.
         teacher: per node the same images' tokens, all of them or a sample of each image's, any dtype.
         kind: smooth_l1, l2, l1, cosine or log_sum, of one token; see `vkd_cache.losses.feature_loss`.
         eps: added to the unbiased deviation of each channel, on both sides.
@@ -136,7 +137,7 @@ def _term(
     if sampled:
         weights = np.repeat(tokens.counts / tokens.kept, tokens.kept).astype(np.float32)
         each = each * to_device(torch.from_numpy(weights), each.device)
-    return each.sum() * (num_processes() / of_student.number)
+    return each.sum() * (num_processes() / of_student.number.clamp_min(1))
 
 
 def _check(student: Mapping[str, Tensor], teacher: Mapping[str, Tokens]) -> None:

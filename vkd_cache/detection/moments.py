@@ -33,7 +33,10 @@ class Moments(NamedTuple):
 
 
 def token_moments(values: Tensor) -> Moments:
-    """Moments of tokens (T, C) that are all here, differentiable; T >= 1."""
+    """Moments of tokens (T, C) that are all here, differentiable; all 0 where there is none."""
+    if len(values) == 0:  # a process without images, which takes part in the others' exchange, backward too
+        zero = values.sum(0)
+        return Moments(number=values.new_zeros(()), mean=zero, spread=zero)
     variance, mean = torch.var_mean(values, dim=0, correction=0)
     return Moments(number=values.new_full((), len(values)), mean=mean, spread=variance * len(values))
 
@@ -41,7 +44,7 @@ def token_moments(values: Tensor) -> Moments:
 def stored_moments(tokens: Tokens) -> Moments:
     """Moments of all valid tokens, float32, from the stored sums: the same whether all of them or a sample are here."""
     count = int(tokens.counts.sum())
-    mean = tokens.total.sum(0, dtype=torch.float64) / count
+    mean = tokens.total.sum(0, dtype=torch.float64) / max(count, 1)
     spread = tokens.squares.sum(0, dtype=torch.float64) - mean.square() * count
     return Moments(
         number=mean.new_full((), count, dtype=torch.float32), mean=mean.float(), spread=spread.clamp_min(0).float()
@@ -83,7 +86,7 @@ def _joined(rows: Tensor) -> Moments:
     counts = rows[:, :1]
     means, spreads = rows[:, 1:].chunk(2, dim=1)
     count = counts.sum()
-    mean = (counts * means).sum(0) / count
+    mean = (counts * means).sum(0) / count.clamp_min(1)
     return Moments(number=count, mean=mean, spread=(spreads + counts * (means - mean).square()).sum(0))
 
 
