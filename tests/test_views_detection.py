@@ -24,6 +24,7 @@ from vkd_cache.views.boxes import boxes_in_view, corners_in_view
 from vkd_cache.views.geometry import SCALES, DetectionGeometry
 from vkd_cache.views.params import ViewParams, params_from_columns, params_to_columns
 from vkd_cache.views.plan import plan_canvas, plan_view
+from vkd_cache.views.plan_detection import span_in_source
 from vkd_cache.views.recipe import RECIPES, Recipe, detection_eval_recipe, make_recipe
 from vkd_cache.views.render import pixel_digest, render_view
 from vkd_cache.views.sizes import canvas_of, resized_size
@@ -256,6 +257,28 @@ def test_sizes_and_crops_are_distributed_as_the_references(width: int, height: i
     uncropped = sum(p.crop == (0, 0, height, width) for p in plans)
     assert abs(flips - number / 2) < 5 * np.sqrt(number / 4)
     assert uncropped > number / 2 - 5 * np.sqrt(number / 4)
+
+
+def test_crops_reach_their_bounds_and_no_further() -> None:
+    geometry = dataclasses.replace(DetectionGeometry(), crop_scales=(400,), crop_probability=1.0)
+    recipe = dataclasses.replace(VIDT, detection=geometry)
+    crops = np.array([plan(recipe, view, 640, 400).crop for view in range(4000)])  # the frame is the source
+    assert (crops.min(axis=0) == [0, 0, 384, 384]).all()
+    assert (crops.max(axis=0) == [16, 256, 400, 600]).all()
+    assert ((crops[:, :2] + crops[:, 2:]) <= [400, 640]).all()
+    assert (crops[:, :2] + crops[:, 2:]).max(axis=0).tolist() == [400, 640]
+
+
+@quick
+@given(st.integers(1, 3000), st.integers(16, 3000), st.data())
+def test_a_crop_is_at_most_half_a_source_pixel_off(source: int, frame: int, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, frame - 1))
+    length = data.draw(st.integers(1, frame - start))
+    first, number = span_in_source(start, length, frame, source)
+    assert 0 <= first < first + number <= source
+    if number > 1:
+        assert abs(first - start * source / frame) <= 0.5
+        assert abs(first + number - (start + length) * source / frame) <= 0.5
 
 
 def test_every_scale_is_drawn_equally_often() -> None:

@@ -39,8 +39,8 @@ def detection_crop(
         height = _side(draws, geometry, frame_height)
         frame_top = draws.integer(0, frame_height - height + 1)
         frame_left = draws.integer(0, frame_width - width + 1)
-        top, source_height = _in_source(frame_top, height, frame_height, height_px)
-        left, source_width = _in_source(frame_left, width, frame_width, width_px)
+        top, source_height = span_in_source(frame_top, height, frame_height, height_px)
+        left, source_width = span_in_source(frame_left, width, frame_width, width_px)
         crop = (top, left, source_height, source_width)
     return crop, resized_size(width, height, _one_of(draws, geometry.scales), geometry.max_size_px)
 
@@ -55,8 +55,18 @@ def _side(draws: Draws, geometry: DetectionGeometry, frame_px: int) -> int:
     return draws.integer(min(geometry.crop_min_px, high), high + 1)
 
 
-def _in_source(start: int, length: int, frame_px: int, source_px: int) -> tuple[int, int]:
-    """(start, length) of a span of the frame in source pixels, both ends rounded to the nearest, halves up."""
+def span_in_source(start: int, length: int, frame_px: int, source_px: int) -> tuple[int, int]:
+    """A span of the frame in source pixels.
+
+    Args:
+        start: first pixel of the span in the frame.
+        length: of the span, from 1.
+        frame_px: side of the frame.
+        source_px: side of the source.
+
+    Returns:
+        (start, length): both ends rounded to the nearest pixel, halves up; at least one pixel, inside the source.
+    """
     first, last = (
         (2 * position * source_px + frame_px) // (2 * frame_px) for position in (start, start + length)
     )
