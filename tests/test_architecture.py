@@ -29,6 +29,10 @@ SIDEWAYS = {
     ("sources", "vkd_cache.views.recipe"),
     ("students", "vkd_cache.projector"),
     ("students", "vkd_cache.losses"),
+    ("students", "vkd_cache.detection.canvas"),
+    ("students", "vkd_cache.detection.checkpoint"),
+    ("students", "vkd_cache.detection.distillation"),
+    ("students", "vkd_cache.detection.vidt"),
     ("losses", "vkd_cache.normalisation"),
     ("projector", "vkd_cache.polar"),
     ("detection", "vkd_cache.losses"),
@@ -136,12 +140,12 @@ def test_no_field_without_effect() -> None:
 
 # what a user types is a promise: change it on purpose, here and in the changelog
 OPTIONS = {
-    "extract": "--source --cache --teacher --teacher-weights --views --dtype --backend --shard-size --batch-size "
-    "--workers --device --worker --seed --strict --no-strict --dry-run",
+    "extract": "--source --cache --teacher --teacher-weights --views --dtype --nodes --tokens --backend --shard-size "
+    "--batch-size --workers --device --worker --seed --strict --no-strict --dry-run",
     "train": "--source --val --cache --student --epochs --batch-size --lr --output --resume --seed --amp "
     "--live-teacher --no-live-teacher --teacher --teacher-weights --plain --workers --device --dry-run",
     "eval": "--source --checkpoint --student --ema --teacher --teacher-weights --cache --batch-size --workers "
-    "--device --json",
+    "--device --output --json",
     "verify": "--source --pixels --teacher --teacher-weights --sample --workers --device --json",
     "compare": "--source --cache --student --teacher --teacher-weights --steps --batch-size --device --output --json",
     "demo": "--output --short --json",

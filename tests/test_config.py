@@ -185,6 +185,23 @@ def test_the_reference_recipe() -> None:
     assert (tiny.extract.autocast, tiny.student.drop_path, tiny.eval.crop_fraction) == ("float16", 0.0, 0.875)
 
 
+def test_the_reference_recipe_of_detection() -> None:
+    """UPSTREAM.md's figures; the two students share one cache, and differ in name, drop path and output."""
+    nano, tiny = load_config("vidt_swin_nano_coco"), load_config("vidt_swin_tiny_coco")
+    assert (nano.student.name, nano.student.drop_path) == ("vidt_swin_nano", 0.0)
+    assert (tiny.student.name, tiny.student.drop_path) == ("vidt_swin_tiny", 0.2)
+    assert dataclasses.replace(tiny, student=nano.student, train=nano.train) == nano
+    assert dataclasses.replace(tiny.train, output=nano.train.output) == nano.train
+    train, loss, views = nano.train, nano.loss, nano.views
+    assert (train.epochs, train.batch_size, train.lr, train.min_lr) == (50, 2, 1e-4, 1e-7)
+    assert (train.weight_decay, train.clip_grad, train.warmup_epochs, train.amp) == (1e-4, 0.1, 0.0, "off")
+    assert (loss.task_weight, loss.feature_weight, loss.feature_loss) == (1.0, 4.0, "smooth_l1")
+    assert (views.recipe, views.scales, views.max_size_px) == ("vidt", tuple(range(480, 801, 16)), 1333)
+    assert (views.crop_scales, views.crop_min_px, views.crop_max_px) == ((400, 500, 600), 384, 600)
+    assert (nano.teacher.name, nano.eval.size_px, nano.eval.max_size_px) == ("vidt_swin_base", 800, 1333)
+    assert len(nano.cache.nodes) == 6
+
+
 @given(first=st.integers(0, 1000), length=st.integers(1, 1000))
 def test_view_ranges(first: int, length: int) -> None:
     assert parse_view_range(f"{first}:{first + length}") == range(first, first + length)
