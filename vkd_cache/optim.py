@@ -20,7 +20,8 @@ def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, 
     """Two groups for an optimizer: decayed, and not.
 
     Not decayed: 1-D parameters (norms, layer scales), biases, class, distillation and position embeddings, what a
-    network's own `no_weight_decay()` names, and every parameter of a module with `never_decays` (the projector).
+    network's own `no_weight_decay()` names, and every parameter of a module with `never_decays` (the projector). Where
+    the student has a rule of its own, `undecayed()`, that one decides alone.
 
     Args:
         student: or any module; frozen parameters are left out.
@@ -29,14 +30,14 @@ def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, 
     Returns:
         [{"params", "weight_decay", "names"}] * 2, decayed first; each non-empty group in the module's own order.
     """
-    spared = _spared_names(student)
+    own_rule = getattr(student, "undecayed", None)
+    spared = own_rule() if callable(own_rule) else _spared_names(student)
     decayed: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = parameter.ndim <= 1 or name.endswith(".bias") or name.rpartition(".")[2] in TOKEN_NAMES
-        (others if plain or name in spared else decayed)[name] = parameter
+        (others if name in spared else decayed)[name] = parameter
     groups = ((decayed, weight_decay), (others, 0.0))
     return [
         {"params": list(members.values()), "weight_decay": decay, "names": list(members)}
@@ -46,7 +47,11 @@ def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, 
 
 
 def _spared_names(student: nn.Module) -> set[str]:
-    spared: set[str] = set()
+    spared = {
+        name
+        for name, parameter in student.named_parameters()
+        if parameter.ndim <= 1 or name.endswith(".bias") or name.rpartition(".")[2] in TOKEN_NAMES
+    }
     for prefix, module in student.named_modules():
         dot = f"{prefix}." if prefix else ""
         if getattr(module, "never_decays", False):

@@ -27,7 +27,7 @@ from vkd_cache.stages.feed import FedBatch
 from vkd_cache.stages.journal import draw_curves
 from vkd_cache.stages.learner import Learner, step_seed
 from vkd_cache.stages.run import Run, prepare_run
-from vkd_cache.stages.supply import LiveTeacher, Supply
+from vkd_cache.stages.supply import Supply
 from vkd_cache.stages.transfer import ahead_on_device
 
 _SAME_TEACHER = ("weights_sha256", "input_px", "mean", "std", "interpolation")  # what makes it one function
@@ -103,11 +103,13 @@ def compare(config: Config, *, steps: int) -> CompareReport:
     """
     if not config.cache.url or not config.teacher.name:
         raise ConfigError("compare needs both teachers: --cache, and --teacher with its weights (or a pipeline file).")
-    if config.loss.feature_weight == config.loss.logit_weight == 0:
-        raise ConfigError("[loss] feature_weight and logit_weight are 0: there is no teacher to compare.")
     # every view is checked: a gap must not come from other pixels
     train = dataclasses.replace(config.train, epochs=10**6, digest_check=1.0)
     run = prepare_run(dataclasses.replace(config, train=train), JobSplit())
+    if not run.distils:
+        raise ConfigError(
+            "[loss] feature_weight and logit_weight are 0: no teacher to compare (detectors have no logit loss)."
+        )
     cached, live = run.supply(live=False), run.supply(live=True)
     _check_teacher(run.cached, live)
     lockstep, gradient, cosine = _lockstep(run, cached, live, steps)
@@ -132,11 +134,9 @@ def _check_teacher(cache: Cache, live: Supply) -> None:
 
     The first gap would say nothing about the cache; the second is one that a live run would have.
     """
-    if not isinstance(live, LiveTeacher):
-        return
     manifest = cache.manifest
-    here, there = live.identity, manifest.teacher
-    differing = [name for name in _SAME_TEACHER if here[name] != there.get(name)]
+    here, there = live.identity or {}, manifest.teacher
+    differing = [name for name in _SAME_TEACHER if here.get(name) != there.get(name)]
     if differing:
         shown = "; ".join(f"{name} {there.get(name)!r} there, {here[name]!r} here" for name in differing)
         raise CacheMismatchError(

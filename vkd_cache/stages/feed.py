@@ -19,11 +19,10 @@ import torch
 
 from vkd_cache import console
 from vkd_cache.errors import CorruptCacheError
-from vkd_cache.stages.joining import Part, joined_columns, joined_mix, joined_nodes
+from vkd_cache.stages.joining import Nodes, Part, joined_columns, joined_mix, joined_nodes
 from vkd_cache.stages.order import EpochOrder
-from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, render_loader
+from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, keep_rows, render_loader
 from vkd_cache.stages.unit_views import CachedViews, ShardView, Views
-from vkd_cache.views.params import MixPlan
 
 SHOWN_BROKEN = 5
 
@@ -58,14 +57,14 @@ class FedBatch:
         epoch, step: its place; `step` counts batches within the epoch.
         ends_epoch: whether it is the last one of its epoch.
         rendered: the views; all rows are usable.
-        nodes: node values (b, ...) by name; empty without a cache.
+        nodes: node values (b, ...), or tokens of b images, by name; empty without a cache.
     """
 
     epoch: int
     step: int
     ends_epoch: bool
     rendered: RenderedBatch
-    nodes: dict[str, torch.Tensor]
+    nodes: Nodes
 
     def __len__(self) -> int:
         return len(self.rendered.row)
@@ -90,7 +89,7 @@ class Feed:
         self._nodes = tuple(nodes)
         self._open: OrderedDict[tuple[int, int], Future[ShardView]] = OrderedDict()
         self.broken: set[str] = set()
-        self._pending: deque[tuple[int, int, bool, dict[str, torch.Tensor]]] = deque()
+        self._pending: deque[tuple[int, int, bool, Nodes]] = deque()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="units")
 
     def __enter__(self) -> "Feed":
@@ -134,7 +133,7 @@ class Feed:
                     if isinstance(self._views, CachedViews):
                         raise self._broken_replay(rendered)
                     self._note_broken(rendered)
-                    _leave_out_broken(rendered)
+                    keep_rows(rendered, np.flatnonzero(rendered.ok))
                 yield FedBatch(epoch=at_epoch, step=at_step, ends_epoch=ends_epoch, rendered=rendered, nodes=nodes)
 
     def _tasks(self, epoch: int, step: int, pin_memory: bool) -> Iterator[RenderTask]:
@@ -172,7 +171,7 @@ class Feed:
 
     def _task(
         self, slots: npt.NDArray[np.int64], view: int, epoch: int, step: int
-    ) -> tuple[RenderTask, dict[str, torch.Tensor]]:
+    ) -> tuple[RenderTask, Nodes]:
         units = {int(shard): self._unit(int(shard), view).result() for shard in np.unique(slots[:, 0])}
         pairs = np.empty((len(slots), 2), np.int64)
         for number, content in units.items():
@@ -225,18 +224,3 @@ def _chosen(count: int, schedule: Schedule, epoch: int, step: int) -> npt.NDArra
     bits = np.random.Philox(key=key, counter=np.array([0, 0, epoch, step], np.uint64)).random_raw(count)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53 < schedule.digest_check
 
-
-def _leave_out_broken(rendered: RenderedBatch) -> None:
-    """Drop the rows that could not be rendered; their partners are unmixed already."""
-    keep = np.flatnonzero(rendered.ok)
-    rendered.pixels = rendered.pixels[torch.from_numpy(keep)]
-    rendered.label = rendered.label[torch.from_numpy(keep)]
-    if rendered.mix is not None:
-        where = np.zeros(len(rendered.ok), np.uint32)
-        where[keep] = np.arange(len(keep))
-        mix = rendered.mix
-        rendered.mix = MixPlan(
-            partner=where[mix.partner[keep]], kind=mix.kind[keep], lam=mix.lam[keep], box=mix.box[keep]
-        )
-    rendered.shard, rendered.row, rendered.ok = rendered.shard[keep], rendered.row[keep], rendered.ok[keep]
-    rendered.columns = {name: values[keep] for name, values in rendered.columns.items()}

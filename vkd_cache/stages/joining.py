@@ -15,9 +15,13 @@ import torch
 
 from vkd_cache.cache.reader import Unit
 from vkd_cache.stages.unit_views import ShardView
+from vkd_cache.tokens import Tokens, join_tokens
 from vkd_cache.views.params import MixPlan
 
 REPLAY_COLUMNS = ("seed", "source_size", "crop", "flip", "op_id", "op_value", "erase", "digest")
+DETECTION_COLUMNS = ("view_size",)  # there, too, in a cache of detection views
+
+Nodes = dict[str, torch.Tensor | Tokens]
 
 
 class Part(NamedTuple):
@@ -40,7 +44,7 @@ def joined_columns(parts: Sequence[Part], count: int) -> dict[str, npt.NDArray[n
         if unit is None:
             return {}
         rows = part.unit_rows(unit)
-        for name in REPLAY_COLUMNS:
+        for name in (*REPLAY_COLUMNS, *(name for name in DETECTION_COLUMNS if name in unit.columns)):
             column = unit.columns[name]
             if name not in joined:
                 joined[name] = np.empty((count, *column.shape[1:]), column.dtype)
@@ -48,19 +52,32 @@ def joined_columns(parts: Sequence[Part], count: int) -> dict[str, npt.NDArray[n
     return joined
 
 
-def joined_nodes(parts: Sequence[Part], count: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Node values in batch order."""
-    joined: dict[str, torch.Tensor] = {}
-    for part in parts:
-        unit = part.content.unit
-        if unit is None:
-            return {}
-        for name in names:
-            values = unit.node(name, part.unit_rows(unit))
-            if name not in joined:
-                joined[name] = values.new_empty((count, *values.shape[1:]))
-            joined[name][torch.from_numpy(part.position)] = values
+def joined_nodes(parts: Sequence[Part], count: int, names: Sequence[str]) -> Nodes:
+    """Node values, or tokens, in batch order."""
+    units = [(part, part.content.unit) for part in parts]
+    read = [(part.position, unit, part.unit_rows(unit)) for part, unit in units if unit is not None]
+    if len(read) < len(parts):
+        return {}
+    joined: Nodes = {}
+    for name in names:
+        if read and read[0][1].layout(name) == "tokens":
+            joined[name] = _in_order([(position, unit.tokens(name, rows)) for position, unit, rows in read], count)
+            continue
+        values: torch.Tensor | None = None
+        for position, unit, rows in read:
+            own = unit.node(name, rows)
+            values = own.new_empty((count, *own.shape[1:])) if values is None else values
+            values[torch.from_numpy(position)] = own
+        if values is not None:
+            joined[name] = values
     return joined
+
+
+def _in_order(parts: Sequence[tuple[npt.NDArray[np.int64], Tokens]], count: int) -> Tokens:
+    """The tokens of the samples at each part's positions, as those of all `count` samples in order."""
+    order = np.empty(count, np.int64)
+    order[np.concatenate([position for position, _ in parts])] = np.arange(count)
+    return join_tokens([tokens for _, tokens in parts]).select(order)
 
 
 def joined_mix(parts: Sequence[Part], count: int) -> MixPlan:

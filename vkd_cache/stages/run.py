@@ -12,11 +12,11 @@ import torch
 
 from vkd_cache import console
 from vkd_cache.cache.reader import Cache, find_cache, open_cache
-from vkd_cache.config import Config, ViewsConfig, parse_view_range
+from vkd_cache.config import Config, LossConfig, ViewsConfig, parse_view_range
 from vkd_cache.errors import CacheMismatchError, ConfigError, IncompleteCacheError
 from vkd_cache.normalisation import Whitening
 from vkd_cache.runtime import JobSplit, expand_home
-from vkd_cache.sources import Source, open_source, source_identity, validation_beside
+from vkd_cache.sources import Source, is_detection, open_source, source_identity, validation_beside
 from vkd_cache.stages.classification_task import ClassificationTask
 from vkd_cache.stages.feed import Feed, Schedule
 from vkd_cache.stages.learner import Learner
@@ -73,25 +73,42 @@ class Run:
         Raises:
             ConfigError: there is no teacher of that kind, or its logits are of other classes than the student's.
         """
-        loss = self.config.loss
-        if loss.feature_weight == 0 and loss.logit_weight == 0:
+        if not self.distils:
             return NoTeacher()
-        supply: Supply
-        if live:
-            supply = LiveTeacher(self.config, self.num_classes, self.recipe.size_px, self.device)
-        elif self.cache is not None:
-            supply = CachedTeacher(self.cache, loss, self.device)
-        else:
+        if self.cache is None and not live:
             raise ConfigError(
                 "[loss] feature_weight and logit_weight ask for a teacher: give --cache, or --live-teacher, or train "
                 "without distillation (--plain, or both weights 0)."
             )
+        if is_detection(self.source):
+            return self._token_supply(live=live)
+        loss = self.config.loss
+        supply: Supply
+        if live:
+            supply = LiveTeacher(self.config, self.num_classes, self.recipe.size_px, self.device)
+        else:
+            supply = CachedTeacher(self.cached, loss, self.device)
         if loss.logit_weight > 0 and supply.num_classes != self.num_classes:
             raise ConfigError(
                 f"[loss] logit_weight: the teacher has {supply.num_classes} classes, {self.source.location} has "
                 f"{self.num_classes}, so their probabilities cannot be compared. Set [loss] logit_weight = 0."
             )
         return supply
+
+    @property
+    def distils(self) -> bool:
+        """Whether a loss that is on asks for a teacher."""
+        loss = self.config.loss
+        return loss.feature_weight > 0 or (loss.logit_weight > 0 and not is_detection(self.source))
+
+    def _token_supply(self, *, live: bool) -> Supply:
+        """Where there is a cache, a live teacher gives the nodes that it holds."""
+        from vkd_cache.stages.token_supply import CachedTokens, LiveTokens
+
+        cached = CachedTokens(self.cache, self.device) if self.cache is not None else None
+        if cached is not None and not live:
+            return cached
+        return LiveTokens(self.config, cached.distilled if cached else (), self.num_classes, self.device)
 
     def feed(self, supply: Supply) -> Feed:
         """The batches of this rank."""
@@ -114,6 +131,16 @@ class Run:
         return Learner(self.config, self._task(supply), device=self.device, world=self.split.count)
 
     def _task(self, supply: Supply) -> Task:
+        if is_detection(self.source):
+            from vkd_cache.stages.detection_task import DetectionTask  # classification does without scipy
+
+            return DetectionTask(
+                self.config,
+                num_classes=self.num_classes,
+                distilled=supply.distilled,
+                teacher_width=supply.width,
+                device=self.device,
+            )
         return ClassificationTask(
             self.config,
             num_classes=self.num_classes,
@@ -175,11 +202,9 @@ def prepare_run(config: Config, split: JobSplit) -> Run:
         config = dataclasses.replace(config, views=_views_of(cache, recipe))
         views = CachedViews(cache, source, complete_views(cache, len(source.shards), warn=split.index == 0))
     val_source = _open_val(config)
-    if val_source is not None and val_source.num_classes > source.num_classes:
-        raise ConfigError(
-            f"{val_source.location}: has {val_source.num_classes} classes, {source.location} has "
-            f"{source.num_classes}, and the student has as many as that. Give the validation split of the same data."
-        )
+    if val_source is not None:
+        _check_val(source, val_source)
+    _check_loss(config, source)
     return Run(
         config=config,
         split=split,
@@ -191,6 +216,44 @@ def prepare_run(config: Config, split: JobSplit) -> Run:
         views=views,
         num_classes=source.num_classes,
     )
+
+
+def _check_val(source: Source, val: Source) -> None:
+    """Refuse a validation split that the student cannot be evaluated on.
+
+    Raises:
+        ConfigError: other annotations, more classes, or other categories.
+    """
+    if is_detection(source) != is_detection(val):
+        kinds = ["boxes" if is_detection(each) else "classes" for each in (source, val)]
+        raise ConfigError(
+            f"{val.location}: its samples are annotated with {kinds[1]}, those of {source.location} with {kinds[0]}. "
+            "Give the validation split of the same data."
+        )
+    if val.num_classes > source.num_classes:
+        raise ConfigError(
+            f"{val.location}: has {val.num_classes} classes, {source.location} has "
+            f"{source.num_classes}, and the student has as many as that. Give the validation split of the same data."
+        )
+    if is_detection(source) and is_detection(val):
+        from vkd_cache.stages.coco_accuracy import check_same_categories
+
+        check_same_categories(source, val)
+
+
+def _check_loss(config: Config, source: Source) -> None:
+    """Refuse weights that a detector's losses do not have.
+
+    Raises:
+        ConfigError: a logit loss, or nothing to learn.
+    """
+    loss = config.loss
+    if is_detection(source) and loss.logit_weight not in (0.0, LossConfig().logit_weight):
+        raise ConfigError(
+            f"[loss] logit_weight: found {loss.logit_weight}, but a detector has no logit loss. Leave it out, or set 0."
+        )
+    if is_detection(source) and loss.task_weight == loss.feature_weight == 0:
+        raise ConfigError("[loss] task_weight and feature_weight are 0: there is nothing for a detector to learn.")
 
 
 def _check_config(config: Config) -> None:
@@ -229,6 +292,18 @@ def _open_cache(config: Config) -> Cache | None:
 
 def _views_of(cache: Cache, recipe: Recipe) -> ViewsConfig:
     """The cache decides how views are planned, whatever the configuration says; run files hold what was used."""
+    if recipe.detection is not None:
+        geometry = recipe.detection
+        return ViewsConfig(
+            recipe=recipe.name,
+            seed=cache.manifest.seed,
+            scales=geometry.scales,
+            max_size_px=geometry.max_size_px,
+            crop_scales=geometry.crop_scales,
+            crop_min_px=geometry.crop_min_px,
+            crop_max_px=geometry.crop_max_px,
+            canvas_multiple_px=geometry.canvas_multiple_px,
+        )
     return ViewsConfig(
         recipe=recipe.name,
         size_px=recipe.size_px,

@@ -1,31 +1,38 @@
-"""The student in a checkpoint file, built and loaded: ours, the authors', or a plain state dict.
+"""The student in a checkpoint file, built and loaded, classifier or detector: ours, the authors', or a state dict.
 
 A newcomer's trap: our checkpoints hold the configuration they were trained with, and it goes before the caller's: a
 student trained at 32 pixels is a 32-pixel student whatever the pipeline says now.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vkd_cache.config import Config
+from vkd_cache.detection.vidt import VIDT_NAMES
 from vkd_cache.errors import CheckpointError, ConfigError
 from vkd_cache.students import Student, create_student
-from vkd_cache.students.checkpoint import WEIGHT_ENTRIES, load_student_weights, read_torch_file
+from vkd_cache.students.checkpoint import WEIGHT_ENTRIES, load_student_weights, read_torch_file, select_weights
 from vkd_cache.weights import CHECKPOINT_FORMAT
+
+if TYPE_CHECKING:
+    from vkd_cache.students.detector import DetectionStudent
 
 _CLASSIFIERS = ("head", "fc", "head.fc", "classifier")  # where timm's networks, and the authors', keep theirs
 
 
-def load_student(where: str, config: Config, num_classes: int, *, ema: bool = False) -> tuple[str, Student]:
+def load_student(
+    where: str, config: Config, num_classes: int, *, ema: bool = False
+) -> tuple[str, "Student | DetectionStudent"]:
     """The student in the checkpoint `where`, without its projector, and what to call it.
 
     Args:
         where: the file.
         config: `student.name` and `views.size_px` are used for files that are not our own checkpoints.
-        num_classes: of the source; used where neither the checkpoint nor its head's weight says.
+        num_classes: of the source; used where neither the checkpoint nor its head's weight says. A detector has the
+            classes and optional heads that its file has.
         ema: the weight average instead of the weights.
 
     Raises:
@@ -43,10 +50,15 @@ def load_student(where: str, config: Config, num_classes: int, *, ema: bool = Fa
         num_classes = _classes_in(state) or num_classes
     if not wanted:
         raise ConfigError(f"{where}: does not say which student it holds. Give --student, as in deit_ti_distilled.")
+    called = f"student {wanted}" + (" (EMA)" if ema else "")
     with torch.random.fork_rng(devices=[]):  # its random initial weights are replaced at once
+        if wanted in VIDT_NAMES:
+            from vkd_cache.students.detector import saved_detector  # classification does without scipy
+
+            return called, saved_detector(wanted, select_weights(state, ema, where), where)
         student = create_student(wanted, num_classes, input_px=side_px)
     load_student_weights(student, state, ema=ema, where=where)
-    return f"student {wanted}" + (" (EMA)" if ema else ""), student
+    return called, student
 
 
 def _own_settings(state: Mapping[str, Any], where: str) -> tuple[str, int, int]:

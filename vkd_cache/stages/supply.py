@@ -6,8 +6,9 @@ ever builds a teacher; the module that does is imported when a live supply is ma
 Shape legend: b samples, C teacher width, K classes.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,13 +19,21 @@ from vkd_cache.config import Config, LossConfig
 from vkd_cache.errors import CacheMismatchError, ConfigError
 from vkd_cache.normalisation import Whitening, whitening_statistics
 from vkd_cache.stages.feed import FedBatch
+from vkd_cache.tokens import Tokens
 
 
 class TeacherOutput(NamedTuple):
-    """features (b, C) or None; logits (b, K) or None; float32 on the student's device."""
+    """What a teacher says of a batch, on the student's device.
 
-    features: Tensor | None
-    logits: Tensor | None
+    Attributes:
+        features: (b, C) float32 pooled, where they are used.
+        logits: (b, K) float32, where they are used.
+        nodes: tokens by node, of a detector.
+    """
+
+    features: Tensor | None = None
+    logits: Tensor | None = None
+    nodes: Mapping[str, Tokens] = types.MappingProxyType({})
 
 
 class Supply(Protocol):
@@ -34,14 +43,20 @@ class Supply(Protocol):
         nodes: stored nodes that a feed has to join.
         width: C, None where features are not used.
         num_classes: K, None where logits are not used.
+        distilled: nodes whose tokens a detector's student is compared with.
+        identity: which teacher it is, JSON values, where it is live; None otherwise.
+        numerics: how a live one is run.
     """
 
     nodes: tuple[str, ...]
     width: int | None
     num_classes: int | None
+    distilled: tuple[str, ...]
+    identity: dict[str, Any] | None
+    numerics: dict[str, Any]
 
-    def __call__(self, batch: FedBatch, images: Tensor) -> TeacherOutput:
-        """The teacher's outputs for `images` (b, 3, H, W) in [0, 1], mixed, on the device."""
+    def __call__(self, batch: FedBatch, images: Any) -> TeacherOutput:
+        """The teacher's outputs for the task's images in [0, 1], mixed, on the device."""
         ...
 
 
@@ -51,16 +66,25 @@ class NoTeacher:
     nodes: tuple[str, ...] = ()
     width: int | None = None
     num_classes: int | None = None
+    distilled: tuple[str, ...] = ()
+    identity: dict[str, Any] | None = None
 
-    def __call__(self, batch: FedBatch, images: Tensor) -> TeacherOutput:
+    def __init__(self) -> None:
+        self.numerics: dict[str, Any] = {}
+
+    def __call__(self, batch: FedBatch, images: Any) -> TeacherOutput:
         """Nothing."""
-        return TeacherOutput(None, None)
+        return TeacherOutput()
 
 
 class CachedTeacher:
     """Stored features; logits as they are stored, or from the stored head."""
 
+    distilled: tuple[str, ...] = ()
+    identity: dict[str, Any] | None = None
+
     def __init__(self, cache: Cache, loss: LossConfig, device: torch.device) -> None:
+        self.numerics: dict[str, Any] = {}
         specs = {node.name: node for node in cache.manifest.nodes}
         self._device = device
         self._features_used = loss.feature_weight > 0
@@ -85,7 +109,11 @@ class CachedTeacher:
 
     def __call__(self, batch: FedBatch, images: Tensor) -> TeacherOutput:
         """What the cache holds for the batch's views."""
-        values = {name: tensor.to(self._device, non_blocking=True).float() for name, tensor in batch.nodes.items()}
+        values = {
+            name: tensor.to(self._device, non_blocking=True).float()
+            for name, tensor in batch.nodes.items()
+            if isinstance(tensor, Tensor)
+        }
         features, logits = values.get("pooled"), values.get("logits")
         if features is not None and self._head is not None:
             logits = functional.linear(features, *self._head)
@@ -96,20 +124,21 @@ class LiveTeacher:
     """The teacher in memory, run on the very images the student sees."""
 
     nodes: tuple[str, ...] = ()
+    distilled: tuple[str, ...] = ()
 
     def __init__(self, config: Config, num_classes: int, view_px: int, device: torch.device) -> None:
         if not config.teacher.name:
             raise ConfigError("[teacher] name is empty: --live-teacher needs --teacher, or a pipeline file with one.")
         from vkd_cache.stages.teaching import start_teacher
-        from vkd_cache.teachers import load_teacher
+        from vkd_cache.teachers import load_classifier
 
         self._logits_used = config.loss.logit_weight > 0
         nodes = ("pooled", "logits") if self._logits_used else ("pooled",)
-        teacher = load_teacher(config.teacher, nodes=nodes, num_classes=num_classes, view_px=view_px)
+        teacher = load_classifier(config.teacher, nodes=nodes, num_classes=num_classes, view_px=view_px)
         self._run = start_teacher(teacher, config.extract, device)
         self._batch_size = config.extract.batch_size
         self._features_used = config.loss.feature_weight > 0
-        self.identity = teacher.identity
+        self.identity: dict[str, Any] | None = teacher.identity
         self.numerics = self._run.numerics()
         self.width: int | None = teacher.identity["width"] if self._features_used else None
         self.num_classes: int | None = teacher.identity["num_classes"]

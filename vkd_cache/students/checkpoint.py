@@ -14,7 +14,7 @@ from vkd_cache.errors import CheckpointError
 from vkd_cache.students.student import Student
 from vkd_cache.weights import WEIGHT_ENTRIES, bare_tensors, innermost, misfits, read_weights_file
 
-__all__ = ["EMA_ENTRIES", "WEIGHT_ENTRIES", "load_student_weights", "read_torch_file"]
+__all__ = ["EMA_ENTRIES", "WEIGHT_ENTRIES", "load_student_weights", "read_torch_file", "select_weights"]
 
 EMA_ENTRIES = ("ema", "student_ema", "model_ema", "state_dict_ema")
 _SHOWN = 4  # entries listed of a file without weights
@@ -49,7 +49,7 @@ def load_student_weights(
     Raises:
         CheckpointError: no weights in it, no average where one is asked for, or missing, unexpected or misshapen names.
     """
-    named = _canonical_names(_select_weights(state, ema, where), where)
+    named = _canonical_names(select_weights(state, ema, where), where)
     network = {name: value for name, value in named.items() if not name.startswith("projector.")}
     projector = {name: value for name, value in named.items() if name.startswith("projector.")}
     own = student.state_dict()
@@ -64,8 +64,12 @@ def load_student_weights(
     return () if fits else tuple(projector)
 
 
-def _select_weights(state: Mapping[str, Any], ema: bool, where: str) -> Mapping[str, Any]:
-    """The mapping of names to tensors inside a checkpoint."""
+def select_weights(state: Mapping[str, Any], ema: bool, where: str) -> Mapping[str, Any]:
+    """The mapping of names to tensors inside a checkpoint: its weights, or their average.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if ema:
         average = next((state[entry] for entry in EMA_ENTRIES if isinstance(state.get(entry), Mapping)), None)
         if average is None:

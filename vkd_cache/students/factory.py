@@ -10,6 +10,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from vkd_cache.detection.vidt import VIDT_NAMES
 from vkd_cache.errors import ConfigError
 from vkd_cache.students.deit import DEIT_SHAPES, DistilledVisionTransformer
 from vkd_cache.students.student import Student
@@ -36,8 +37,10 @@ def create_student(
         projector: kind of the orthogonal map: polar, householder, matrix_exp, cayley, linear.
 
     Raises:
-        ConfigError: unknown name, or a combination the model does not take.
+        ConfigError: unknown name, a detector's name, or a combination the model does not take.
     """
+    if name in VIDT_NAMES:
+        raise ConfigError(f"student: '{name}' is a detector, and the samples have classes, not boxes.")
     if name in DEIT_SHAPES:
         net: nn.Module = DistilledVisionTransformer(
             DEIT_SHAPES[name], num_classes, input_px=input_px, drop_path=drop_path
