@@ -223,6 +223,28 @@ def test_identity_is_free_of_root_file_order_and_what_is_not_about_boxes(
         assert boxes.labels.tolist() == other_boxes.labels.tolist()
 
 
+def test_boxes_that_differ_in_little_keep_one_order(coco_tree: Path, tmp_path: Path) -> None:
+    document = document_of(coco_tree)
+    image = document["images"][0]["id"]
+    twins = [([0.0, 1, 5, 6], 0, 9.0), ([0, 1, 5, 6], 0, 4.0), ([-0.0, 1, 5, 6], 1, 9.0), ([0, 1, 5, 6], 0, 1.0)]
+    twins += [([0, 1, float("nan"), 6], 0, 2.0), ([0, 1, 5, 6.5], 0, 3.0)]
+    document["annotations"] = [
+        {"id": 1 + slot, "image_id": image, "category_id": 1, "bbox": box, "iscrowd": crowd, "area": area}
+        for slot, (box, crowd, area) in enumerate(twins)
+    ]
+    identities, areas = set(), set()
+    for seed in range(12):
+        random.Random(seed).shuffle(document["annotations"])
+        source = open_document(document, coco_tree, tmp_path)
+        identities.add(source_identity(source))
+        areas.add(tuple(boxes_by_key(source)[str(image)].area.tolist()))
+    assert areas == {(1, 4, 9, 3)}
+    for record in document["annotations"]:
+        record["bbox"] = [abs(value) for value in record["bbox"]]
+    identities.add(source_identity(open_document(document, coco_tree, tmp_path)))
+    assert len(identities) == 1
+
+
 @given(
     change=st.sampled_from(["bbox", "category_id", "iscrowd", "width", "height", "added", "removed", "moved"]),
     pick=st.integers(0, 10**6),
@@ -599,7 +621,10 @@ def test_gaps_like_cocos_are_fine(coco_tree: Path, tmp_path: Path) -> None:
     assert source.num_classes == 91 and source.class_names is not None
     assert [identity for identity, name in enumerate(source.class_names) if not name] == [0, *missing]
     assert source.class_names[90] == "thing 90"
-    assert open_document(with_categories(coco_tree, [0, 1]), coco_tree, tmp_path).num_classes == 2
+    for ids in ([0, 1], [1, 3], [0]):  # half of the outputs idle at most
+        assert open_document(with_categories(coco_tree, ids), coco_tree, tmp_path).num_classes == ids[-1] + 1
+    with pytest.warns(CocoWarning, match="2 categories with ids up to 4: .* so 3 outputs learn nothing"):
+        open_document(with_categories(coco_tree, [1, 4]), coco_tree, tmp_path)
 
 
 def test_wide_gaps_warn_once_and_zero_annotation_ids_too(coco_tree: Path, layout: Path) -> None:
@@ -675,7 +700,7 @@ def open_or_refuse(document: object, tree: Path, folder: Path) -> None:
 
 
 @given(edits=_EDITS)
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(edits=[("annotations", 0, "bbox", [10**400, 0, 1, 1])])
 @example(edits=[("annotations", 0, "area", 10**400)])
 @example(edits=[("annotations", 0, "area", float("inf"))])
