@@ -1,5 +1,6 @@
 """Small units and manifests, drawn from a seed, for the tests of the cache."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 
 from vkd_cache.cache.schema import Manifest, NodeSpec
 from vkd_cache.cache.units import keys_to_columns
+from vkd_cache.tokens import Tokens
 
 NUM_SHARDS = 3
 SHARD_COUNT = 7
@@ -75,3 +77,46 @@ def make_values(num_rows: int, shape: tuple[int, ...] = (5,), *, seed: int = 0) 
     """Values like those after a ReLU: half of a normal distribution."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn((num_rows, *shape), generator=generator).abs()
+
+
+def make_token_node(codec: str, name: str = "patch_1", width: int = 5, tokens: float = 1.0) -> NodeSpec:
+    """A node of tokens of a given codec."""
+    dtype = "int8" if codec == "token_int8" else codec
+    return NodeSpec(name=name, layout="tokens", shape=(width,), dtype=dtype, codec=codec, tokens=tokens)
+
+
+def make_tokens(grid: Any, width: int = 5, *, share: float = 1.0, seed: int = 0) -> Tokens:
+    """Normal tokens of images with these (height, width) grids, all of them or a sample."""
+    sizes = np.array(grid, np.int64).reshape(-1, 2)
+    counts = sizes[:, 0] * sizes[:, 1]
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(int(counts.sum()), width, generator=generator)
+    parts = values.split(counts.tolist())
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    tokens = Tokens(
+        values=values,
+        grid=sizes,
+        offsets=ends.astype(np.int64),
+        total=torch.stack([part.sum(0) for part in parts]) if parts else torch.zeros(0, width),
+        squares=torch.stack([part.square().sum(0) for part in parts]) if parts else torch.zeros(0, width),
+    )
+    if share == 1:
+        return tokens
+    rng = np.random.default_rng(seed)
+    places = [np.sort(rng.permutation(count)[: max(1, math.ceil(share * count))]) for count in counts.tolist()]
+    kept = np.array([len(part) for part in places], np.int64)
+    return tokens.sampled(np.concatenate([np.zeros(0, np.int64), *places]), kept)
+
+
+def make_detection_columns(num_rows: int, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Columns of unmixed detection views, with their sizes."""
+    columns = make_columns(num_rows, seed=seed, num_ops=0)
+    rng = np.random.default_rng(seed)
+    return columns | {
+        "label": rng.integers(0, 2**32, num_rows).astype(np.uint32),
+        "view_size": rng.integers(1, 1333, (num_rows, 2)).astype(np.uint16),
+        "partner": columns["row"],
+        "mix_kind": np.zeros(num_rows, np.uint8),
+        "mix_lambda": np.ones(num_rows, np.float32),
+        "mix_box": np.zeros((num_rows, 4), np.uint16),
+    }
