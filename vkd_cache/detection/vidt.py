@@ -261,6 +261,12 @@ def _check(config: ViDTConfig) -> None:
     for name in ("num_classes", "num_queries", "num_layers", "points"):
         if getattr(config, name) < 1:
             raise ConfigError(f"ViDT: found {name} {getattr(config, name)}, expected at least 1.")
+    for stage, num_heads in enumerate(config.heads):
+        channels = config.body_width * 2**stage
+        if num_heads < 1 or channels % num_heads:
+            raise ConfigError(
+                f"ViDT: found {num_heads} heads in stage {stage + 1}, expected a divisor of its {channels} channels."
+            )
     for name in ("dropout", "drop_path"):
         if not 0 <= getattr(config, name) < 1:
             raise ConfigError(f"ViDT: found {name} {getattr(config, name)}, expected a number in [0, 1).")
