@@ -134,7 +134,8 @@ def _complete_twins(found: dict[str, Tensor], where: str) -> None:
         short = name.removeprefix("transformer.decoder.")
         twin = _TWIN + short.removeprefix("bbox_embed.") if name == short else short
         if not torch.equal(found.setdefault(twin, found[name]), found[name]):
-            raise CheckpointError(f"{where}: '{short}' and '{_TWIN}…' differ, but are one tensor in a ViDT.")
+            long = f"transformer.decoder.{short}"
+            raise CheckpointError(f"{where}: '{short}' and '{long}' differ, but are one tensor in a ViDT.")
 
 
 def _told(body: tuple[int, tuple[int, ...]]) -> str:
