@@ -258,6 +258,23 @@ def test_token_labels_are_shares_of_the_area_and_the_first_box_wins() -> None:
     assert token_shares(targets([], []), (3, 2), 5).tolist() == [[0.0] * 5] * 6
 
 
+def test_token_label_loss_by_hand() -> None:
+    """Focal: mean over an image's tokens, sum over classes; dice: one share for each image; both summed over levels."""
+    draw = generator(8)
+    output, wanted = random_output(draw, images=2, heads=True), random_targets(draw, (2, 1), 4)
+    expected = 0.0
+    assert output.token_logits is not None
+    for name, rows in output.token_logits.items():
+        grid = output.grids[name].tolist()
+        for image, logits in enumerate(torch.split(rows.detach().double(), [h * w for h, w in grid])):
+            shares = token_shares(wanted[image], grid[image], 4).double()
+            expected += focal_losses(logits, shares).sum().item() / len(logits)
+            probs = logits.sigmoid()
+            expected += 1 - (2 * (probs * shares).sum().item() + 1) / (probs.sum() + shares.sum() + 1).item()
+    found = DetectionCriterion()(output, wanted)["token_label"].item()
+    assert found == pytest.approx(2 * expected / 3, rel=1e-5)  # weight 2, three boxes
+
+
 def test_errors_say_what_is_wrong() -> None:
     output = random_output(generator(0), images=1)
     with pytest.raises(ConfigError, match=r"boxes of 2 images, predictions for 1"):
