@@ -57,6 +57,11 @@ class EvalResult:
     top5: float
     seconds: float
 
+    @property
+    def score(self) -> float:
+        """The one number that a student is judged by: top-1."""
+        return self.top1
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
         return dataclasses.asdict(self)

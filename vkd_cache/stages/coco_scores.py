@@ -76,6 +76,11 @@ class DetectionResult:
     ar_large: float
     seconds: float
 
+    @property
+    def score(self) -> float:
+        """The one number that a detector is judged by: AP."""
+        return self.ap
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
         return dataclasses.asdict(self)

@@ -149,7 +149,7 @@ def train_student(config: Config) -> TrainResult:
     console.set_quiet(True)
     result = fit_teacher(config)
     request = EvalRequest(checkpoint=str(Path(config.train.output) / LAST))
-    return dataclasses.replace(result, top1=evaluate(config, request, JobSplit())[0].top1)
+    return dataclasses.replace(result, top1=evaluate(config, request, JobSplit())[0].score)
 
 
 def fill_cache(config: Config) -> ExtractResult:
@@ -183,4 +183,4 @@ def check_cache(config: Config) -> CheckResult:
     request = VerifyRequest(url=config.cache.url, source=config.source.train, pixels=True, teacher=True, sample=64)
     report = verify(config, request)
     teacher, *cached = evaluate(config, EvalRequest(teacher=True, cache=True), JobSplit())
-    return CheckResult(report=report.to_json(), teacher_top1=teacher.top1, cached_top1=cached[-1].top1)
+    return CheckResult(report=report.to_json(), teacher_top1=teacher.score, cached_top1=cached[-1].score)

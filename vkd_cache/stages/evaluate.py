@@ -29,7 +29,7 @@ from vkd_cache.stages.coco_accuracy import Detector, ap_of
 from vkd_cache.stages.coco_scores import DetectionResult, Found
 from vkd_cache.stages.contact_sheet import write_contact_sheet
 from vkd_cache.stages.ranks import process_group, take_device
-from vkd_cache.stages.saved_student import load_student
+from vkd_cache.stages.saved_student import load_student, trained_sizes
 from vkd_cache.teachers import DetectionTeacher, Teacher, is_detector, load_teacher
 
 __all__ = ["DetectionResult", "EvalRequest", "EvalResult", "accuracy_of", "evaluate", "open_validation"]
@@ -74,7 +74,10 @@ def evaluate(config: Config, request: EvalRequest, split: JobSplit) -> list[Eval
             source = open_validation(config)
             if request.checkpoint:
                 name, student = load_student(request.checkpoint, config, source.num_classes, ema=request.ema)
-                evaluation = _Evaluation(config, source, device, split, _folder(config, request.checkpoint))
+                sized = config
+                if isinstance(student, Detector):  # the sizes it was trained with, unless [eval] says others
+                    sized = dataclasses.replace(config, views=trained_sizes(request.checkpoint, config.views))
+                evaluation = _Evaluation(sized, source, device, split, _folder(config, request.checkpoint))
                 results.append(evaluation.of(student, name))
             if request.teacher:
                 part = "teacher" if request.checkpoint else ""

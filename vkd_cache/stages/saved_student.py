@@ -4,13 +4,14 @@ A newcomer's trap: our checkpoints hold the configuration they were trained with
 student trained at 32 pixels is a 32-pixel student whatever the pipeline says now.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vkd_cache.config import Config
+from vkd_cache.config import Config, ViewsConfig
 from vkd_cache.detection.vidt import VIDT_NAMES
 from vkd_cache.errors import CheckpointError, ConfigError
 from vkd_cache.students import Student, create_student
@@ -59,6 +60,26 @@ def load_student(
         student = create_student(wanted, num_classes, input_px=side_px)
     load_student_weights(student, state, ema=ema, where=where)
     return called, student
+
+
+def trained_sizes(where: str, views: ViewsConfig) -> ViewsConfig:
+    """`views` with the sizes of detection views that our own checkpoint `where` was trained with.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    state = read_torch_file(where)
+    if state.get("format") != CHECKPOINT_FORMAT:
+        return views
+    saved = state["config"]["views"]
+    if "scales" not in saved:  # made before there was detection
+        return views
+    return dataclasses.replace(
+        views,
+        scales=tuple(saved["scales"]),
+        max_size_px=saved["max_size_px"],
+        canvas_multiple_px=saved["canvas_multiple_px"],
+    )
 
 
 def _own_settings(state: Mapping[str, Any], where: str) -> tuple[str, int, int]:
