@@ -186,9 +186,13 @@ def _token_problems(unit: Unit, name: str) -> Iterator[str]:
         if tokens.index is not None:
             continue  # the statistics are those of all tokens, and only a sample is here
         bound = unit.rounding(name, slice(row, row + 1))
-        slack = bound.sum(0) + _SUM_NOISE * size
-        square_slack = (2 * values.abs() * bound + bound**2).sum(0) + _SUM_NOISE * tokens.squares[0]
+        if tokens.scale is not None:
+            bound = bound[:, :1]  # the same for all channels
+        norm = bound.square().sum(0).double().sqrt()
+        slack = bound.sum(0).double() + _SUM_NOISE * size
+        square_slack = norm * (2 * tokens.squares[0].sqrt() + norm) + _SUM_NOISE * tokens.squares[0]
         off = (values.sum(0) - tokens.total[0]).abs() > slack
-        if bool((off | ((values.square().sum(0) - tokens.squares[0]).abs() > square_slack)).any()):
+        squares = values.square().sum(0)
+        if bool((off | ((squares - tokens.squares[0]).abs() > square_slack)).any()):
             yield f"has a sum or a sum of squares of row {row} that is not that of its tokens."
             return
