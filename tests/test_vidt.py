@@ -280,7 +280,7 @@ def canvas(*content: tuple[int, int], side: tuple[int, int] = (64, 96)) -> tuple
 
 
 @pytest.mark.parametrize("name", ["test_vidt", "test_vidt2"])
-@pytest.mark.parametrize("side", [(64, 64), (96, 96), (128, 64), (70, 91), (32, 160)])
+@pytest.mark.parametrize("side", [(64, 64), (96, 96), (128, 64), (70, 91), (17, 160)])
 @pytest.mark.parametrize("options", [{}, EVERY_HEAD], ids=["plain", "every head"])
 def test_shapes_of_small_canvases(name: str, side: tuple[int, int], options: dict[str, bool]) -> None:
     net = tiny(name, **options)
@@ -301,6 +301,15 @@ def test_shapes_of_small_canvases(name: str, side: tuple[int, int], options: dic
     waiting = {name for name, parameter in net.named_parameters() if parameter.requires_grad and parameter.grad is None}
     assert waiting == set()  # DistributedDataParallel waits for each of them
     assert all(parameter.grad.isfinite().all() for parameter in net.parameters() if parameter.requires_grad)
+
+
+def test_an_image_that_is_all_padding_gives_numbers() -> None:
+    """Batches are filled up with such images."""
+    net = tiny(**EVERY_HEAD).eval()
+    filled = net(*canvas((64, 80), (0, 0)))
+    alone = net(*canvas((64, 80)))
+    assert all(part.isfinite().all() for part in filled if isinstance(part, Tensor))
+    torch.testing.assert_close(filled.logits[:, :1], alone.logits, rtol=0, atol=1e-5)
 
 
 def test_heads_start_where_the_reference_starts() -> None:

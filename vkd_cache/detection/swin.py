@@ -71,7 +71,7 @@ class SwinBody(nn.Module):
         patches = self.patch_embed(images)
         det = self.det_token.expand(len(images), -1, -1)
         # through 1/32 of the token grid, as the reference: another way rounds otherwise where sides are no multiples
-        coarse = nearest_mask(mask, (patches.shape[1] // 8, patches.shape[2] // 8))
+        coarse = nearest_mask(mask, (max(1, patches.shape[1] // 8), max(1, patches.shape[2] // 8)))
         maps = []
         merged, merged_det = patches, det
         for layer in self.layers:
