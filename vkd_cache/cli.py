@@ -61,7 +61,7 @@ def _listed(_context: click.Context, _option: click.Parameter, value: str | None
 
 
 _TEACHER_HELP = "timm model name, or package.module:callable that returns an nn.Module"
-_VAL_HELP = "images to evaluate on: a folder or tar pattern; default: val/ beside the training split"
+_VAL_HELP = "images to evaluate on: a folder, COCO's too, or tar pattern; default: val/ beside the training split"
 _VIEWS_HELP = "a count N (views 0..N-1) or a range A:B (views A..B-1); default: 1"
 _SAMPLE_HELP = "samples that --pixels and --teacher look at; 0: all; default: 64"
 pipeline_argument = click.argument("pipeline", required=False)
