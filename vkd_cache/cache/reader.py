@@ -47,9 +47,7 @@ class Unit:
 
     def __init__(self, unit: UnitId, manifest: Manifest, arrays: Mapping[str, Array]) -> None:
         self.id = unit
-        self.columns: dict[str, Array] = {
-            name: array for name, array in arrays.items() if not name.startswith("node.")
-        }
+        self.columns: dict[str, Array] = {name: array for name, array in arrays.items() if not name.startswith("node.")}
         self.keys = keys_from_columns(arrays)
         self.rows: npt.NDArray[np.uint32] = arrays["row"].astype(np.uint32, copy=False)
         self._manifest = manifest
