@@ -35,9 +35,15 @@ def option(
 class SourceConfig:
     """Where the images are."""
 
-    train: str = option("", "folder of classes, folder with train/ and val/, COCO's folder, or brace/glob pattern of tar shards")
-    val: str = option("", "the same for evaluation; empty: val/ beside the training split, or COCO's, where there is one")
-    shard_size: int = option(1024, "samples per shard of a folder or COCO source (tar shards keep their own)", minimum=2)
+    train: str = option(
+        "", "folder of classes, folder with train/ and val/, COCO's folder, or brace/glob pattern of tar shards"
+    )
+    val: str = option(
+        "", "the same for evaluation; empty: val/ beside the training split, or COCO's, where there is one"
+    )
+    shard_size: int = option(
+        1024, "samples per shard of a folder or COCO source (tar shards keep their own)", minimum=2
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
