@@ -1,7 +1,8 @@
 """The teacher at work: mixed images in, node values out, always in batches of one shape.
 
 Batches are padded to the full batch size, because kernels are chosen by shape: a unit's numbers then do not depend on
-how many samples its last batch happens to hold. A detector's batches are of one canvas each, for the same reason.
+how many samples its last batch happens to hold. A detector's batches are of one canvas each; a unit has many canvases,
+and the last batch of each is filled up to a power of two only, or a third of the work would go into black images.
 
 Shape legend: b images.
 """
@@ -17,6 +18,7 @@ import torch
 
 from vkd_cache.config import ExtractConfig
 from vkd_cache.detection.canvas import CanvasBatch
+from vkd_cache.detection.matcher import to_device
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, render_loader
 from vkd_cache.stages.transfer import ahead_on_device
 from vkd_cache.teachers import DetectionTeacher, Teacher
@@ -33,8 +35,8 @@ class TeacherRun:
         teacher: frozen, in eval mode.
         device: where it lies.
         batch_size: samples of every forward pass, padding included.
-        padded: a detector's batches are filled up to `batch_size`, as for a cache; without, some arithmetic is saved
-            and the last bits may differ.
+        padded: a detector's batches are filled up, as for a cache; without, some arithmetic is saved and the last bits
+            may differ.
         autocast: off, float16 or bfloat16.
         channels_last: memory format of images and weights.
         compiled: the teacher went through torch.compile.
@@ -75,8 +77,9 @@ class TeacherRun:
         height, width = (int(side) for side in batch.canvas[rows[0]])
         images = batch.images[:, :, :height, :width]
         if len(rows) < len(images):
-            images = images[torch.from_numpy(rows).to(images.device)]
-        images = _filled(images, self.batch_size if self.padded else len(rows))
+            images = images[to_device(torch.from_numpy(rows), images.device)]
+        few_shapes = min(self.batch_size, 1 << (len(rows) - 1).bit_length())
+        images = _filled(images, few_shapes if self.padded else len(rows))
         canvas = np.tile(batch.canvas[rows[0]], (len(images), 1))
         # black images without padding of their own stand in for those that are not there
         view_size = np.concatenate([batch.view_size[rows], canvas[len(rows) :]])
