@@ -12,9 +12,9 @@ from typing import Any
 
 from vkd_cache.errors import ConfigError
 from vkd_cache.runtime import write_atomic
-from vkd_cache.stages.task import METRIC_LABELS
 
 LOG_NAME = "log.jsonl"
+METRIC_LABELS = {"top1": "top-1", "ap": "AP"}  # how the watched metrics are called in lines and pictures
 CURVES_NAME = "curves.png"
 _NO_TERMS = ("kind", "step", "epoch", "lr", "samples_per_s")  # of a step's line; all others are loss terms
 

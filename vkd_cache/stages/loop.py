@@ -22,14 +22,13 @@ from vkd_cache.optim import cosine_lr
 from vkd_cache.runtime import hardware, library_versions, write_atomic
 from vkd_cache.stages.checkpoints import BEST, LAST, check_same_run, read_checkpoint, remove_stale, save_checkpoint
 from vkd_cache.stages.feed import FedBatch
-from vkd_cache.stages.journal import CURVES_NAME, LOG_NAME, Journal, draw_curves, read_log
+from vkd_cache.stages.journal import CURVES_NAME, LOG_NAME, METRIC_LABELS, Journal, draw_curves, read_log
 from vkd_cache.stages.learner import step_seed
 from vkd_cache.stages.ranks import union
 from vkd_cache.stages.run import Run
 from vkd_cache.stages.standing import LossWindow, Standing, not_finite
 from vkd_cache.stages.stopping import Stopped, StopSignals
 from vkd_cache.stages.supply import Supply
-from vkd_cache.stages.task import METRIC_LABELS
 from vkd_cache.stages.transfer import ahead_on_device
 
 

@@ -16,15 +16,14 @@ from vkd_cache.sources import Source
 from vkd_cache.stages.feed import FedBatch
 from vkd_cache.stages.supply import TeacherOutput
 
-METRIC_LABELS = {"top1": "top-1", "ap": "AP"}  # how the watched metrics are called in lines and pictures
-
 
 class Task(Protocol):
     """A student's task: its network, its inputs and its losses; one object a learner.
 
     Attributes:
         terms: names of the loss terms, in the order in which they are shown; `total` first.
-        metric: the number of `evaluate` that decides which student is the best, percent; a key of `METRIC_LABELS`.
+        metric: the number of `evaluate` that decides which student is the best, percent; a key of
+            `journal.METRIC_LABELS`.
         joint: whether `losses` are sums over this rank's part of a batch, over counts of all ranks: then every rank
             calls them equally often, and a rank's samples do not weigh by themselves.
     """

@@ -17,10 +17,10 @@ from vkd_cache import console
 from vkd_cache.config import Config
 from vkd_cache.runtime import JobSplit, peak_memory_bytes
 from vkd_cache.stages.checkpoints import find_checkpoint
+from vkd_cache.stages.journal import METRIC_LABELS
 from vkd_cache.stages.loop import Loop
 from vkd_cache.stages.ranks import process_group
 from vkd_cache.stages.run import Run, prepare_run
-from vkd_cache.stages.task import METRIC_LABELS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
