@@ -247,9 +247,14 @@ def test_broken_images_are_counted_and_named(
         ap_of(model, whole, config_for(root), CPU, ONE)
 
 
-def test_other_categories_than_the_models(coco_tree: Path, source: CocoSource) -> None:
+def test_other_categories_than_the_models(
+    coco_tree: Path, source: CocoSource, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ConfigError, match=r"categories up to 10, but student has classes 0 to 3.*other categories"):
         ap_of(Nearest(source, classes=4, wrong=1.0).eval(), source, config_for(coco_tree), CPU, ONE)
+    result, _ = ap_of(Nearest(source, classes=91), source, config_for(coco_tree), CPU, ONE)
+    assert result.ap == pytest.approx(100.0)
+    assert capsys.readouterr().err.count("only if the ids that are in both mean the same") == 1
 
 
 def test_splits_with_other_categories(coco_tree: Path, source: CocoSource, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def ap_of(
             if batch.error is not None:
                 raise batch.error
             broken += [(source.shards[batch.shard[at]].keys[batch.row[at]], reason) for at, reason in batch.broken]
-            found += _detect(model, source, batch, pixels, name)
+            found += _detect(model, source, batch, pixels, name, aloud=split.index == 0 and not found)
             progress.advance(len(batch.row))
     warn_of_broken(source, broken, "count as images in which nothing was found")
     num_images = sum(len(shard.keys) for shard in source.shards)
@@ -168,8 +168,10 @@ def _batches(source: CocoSource, recipe: Recipe, size: int) -> list[npt.NDArray[
     ]
 
 
-def _detect(model: Detector, source: CocoSource, batch: RenderedBatch, pixels: Tensor, name: str) -> list[Found]:
-    """COCO results of the images of a batch that could be decoded."""
+def _detect(
+    model: Detector, source: CocoSource, batch: RenderedBatch, pixels: Tensor, name: str, *, aloud: bool
+) -> list[Found]:
+    """COCO results of the images of a batch that could be decoded; `aloud`: remark that categories may be others."""
     decoded = np.flatnonzero(batch.ok)
     if not len(decoded):
         return []
@@ -177,17 +179,27 @@ def _detect(model: Detector, source: CocoSource, batch: RenderedBatch, pixels: T
         output = model.detect(canvas_batch(batch, pixels))  # broken images are black
     rows = torch.from_numpy(decoded).to(pixels.device)
     logits, boxes = output.logits[-1][rows], output.boxes[-1][rows]
-    num_classes = logits.shape[-1]
-    if num_classes < source.num_classes:
-        raise ConfigError(
-            f"{source.annotation_file}: has categories up to {source.num_classes - 1}, but {name} has classes 0 to "
-            f"{num_classes - 1}: it was trained on other categories. Give the annotations that belong to it."
-        )
+    _check_classes(logits.shape[-1], source, name, aloud=aloud)
     if not bool((logits.isfinite().all() & boxes.isfinite().all()).item()):
         raise CheckpointError(f"{name}: its outputs are not finite numbers. Was its training cut off in time?")
     places = [(int(batch.shard[at]), int(batch.row[at])) for at in decoded]
     sizes = [source.image_size(*place) for place in places]
     return to_coco(detections(logits, boxes, sizes), [source.boxes(*place).image_id for place in places])
+
+
+def _check_classes(num_classes: int, source: CocoSource, name: str, *, aloud: bool) -> None:
+    """Whether the annotated categories can be those that a model of `num_classes` was trained on."""
+    where, last = source.annotation_file, source.num_classes - 1
+    if num_classes < source.num_classes:
+        raise ConfigError(
+            f"{where}: has categories up to {last}, but {name} has classes 0 to {num_classes - 1}: it was trained on "
+            "other categories. Give the annotations that belong to it."
+        )
+    if num_classes > source.num_classes and aloud:
+        console.warn(
+            f"{where}: has categories up to {last}, {name} has classes 0 to {num_classes - 1}: the numbers below mean "
+            "something only if the ids that are in both mean the same."
+        )
 
 
 def _on_first_rank(

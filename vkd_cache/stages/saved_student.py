@@ -50,7 +50,9 @@ def load_student(
     else:
         num_classes = _classes_in(state) or num_classes
     if not wanted:
-        raise ConfigError(f"{where}: does not say which student it holds. Give --student, as in deit_ti_distilled.")
+        raise ConfigError(
+            f"{where}: does not say which student it holds. Give --student, as in deit_ti_distilled or vidt_swin_nano."
+        )
     called = f"student {wanted}" + (" (EMA)" if ema else "")
     with torch.random.fork_rng(devices=[]):  # its random initial weights are replaced at once
         if wanted in VIDT_NAMES:
