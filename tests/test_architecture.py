@@ -20,7 +20,8 @@ MODULES = {
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
 # arrows go down, or stay inside one part
-LEVELS = {"__main__": 4, "cli": 3, "stages": 2, "console": 0, "config": 0, "errors": 0, "runtime": 0, "weights": 0}
+LEVELS = {"__main__": 4, "cli": 3, "stages": 2}
+LEVELS |= dict.fromkeys(("console", "config", "fields", "errors", "runtime", "weights"), 0)
 PARTS_LEVEL = 1  # cache, sources, views, teachers, students, losses, ...
 SIDEWAYS = {
     ("cache", "vkd_cache.views.params"),
@@ -45,6 +46,7 @@ SIDEWAYS = {
     ("teachers", "vkd_cache.detection.vidt"),
     ("teachers", "vkd_cache.tokens"),
     ("config", "vkd_cache.errors"),
+    ("config", "vkd_cache.fields"),
     ("runtime", "vkd_cache.errors"),
     ("weights", "vkd_cache.errors"),
     ("weights", "vkd_cache.runtime"),

@@ -7,13 +7,11 @@ help from that field (`setting`); the few that are not fields say what this one 
 Exit codes: 0 done, 1 error, 2 usage or configuration, 3 some units failed or are not sound, 130 interrupted.
 """
 
-import contextlib
 import dataclasses
 import json
 import sys
 import typing
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +19,8 @@ import click
 
 from vkd_cache import __version__, console
 from vkd_cache.config import SECTIONS, Config, find_pipeline, load_config
-from vkd_cache.errors import ConfigError, VkdCacheError
+from vkd_cache.errors import ConfigError
+from vkd_cache.guard import guarded
 from vkd_cache.runtime import JobSplit, expand_home, job_split, rank_split
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -284,45 +283,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(guarded(lambda: cli.main(given, prog_name="vkd-cache", standalone_mode=False)))
 
 
-def guarded(command: Callable[[], int | None]) -> int:
-    """The exit code of `command`; what a user can cause becomes one message, a bug of ours keeps its traceback."""
-    with _warnings_as_lines():
-        try:
-            return command() or 0
-        except click.ClickException as error:
-            error.show()
-            return error.exit_code
-        except (click.Abort, KeyboardInterrupt):
-            # Under `python -m`, CPython ends by SIGINT instead of our exit code if the interrupt came while text was
-            # executed (a dataclass being made by an import), until other text is.
-            exec("")
-            return _fail("interrupted.", 130)
-        except ConfigError as error:
-            return _fail(str(error), 2)
-        except VkdCacheError as error:
-            return _fail(str(error), 1)
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            in_the_way = isinstance(error, (NotADirectoryError, FileExistsError))
-            advice = ", where a folder is needed. Give another path." if in_the_way else ""
-            return _fail(f"{where}{error.strerror or str(error) or type(error).__name__}{advice}", 1)
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            return _fail(f"out of memory: {error or 'no more can be had'} Use a smaller --batch-size.", 1)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch may not be imported: its own error, for GPUs, is known by name; a CPU's is a plain RuntimeError
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "DefaultCPUAllocator" in str(error)
-
-
-def _fail(message: str, code: int) -> int:
-    click.echo(f"Error: {message}", err=True)
-    return code
-
-
 def _resolve(pipeline: str | None, settings: Mapping[str, object], *needed: str) -> Config:
     """Defaults < pipeline < options; settings are named `section__field`, and None or "" was not given."""
     overrides: dict[str, dict[str, object]] = {}
@@ -377,15 +337,3 @@ def _present(title: str, document: dict[str, Any], as_json: bool) -> None:
         click.echo(json.dumps(document, indent=2))
     else:
         console.show_document(title, document)
-
-
-@contextlib.contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    """Show Python warnings as one line each, without a place in somebody's source code."""
-
-    def show(message: Warning | str, *_: object, **__: object) -> None:
-        console.warn(" ".join(str(message).split()))
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield

@@ -5,30 +5,17 @@ tests read one description. All mistakes of a file are reported at once.
 """
 
 import dataclasses
-import difflib
 import tomllib
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vkd_cache.errors import ConfigError
+from vkd_cache.fields import checked_value, option
+from vkd_cache.fields import suggestion as suggestion  # of this module for everybody else
 
 MAX_VIEWS = 10**9  # far beyond any run; what the names of a cache's files have room for
-
-
-def option(
-    default: Any,
-    doc: str,
-    *,
-    choices: tuple[str, ...] = (),
-    minimum: float | None = None,
-    maximum: float | None = None,
-) -> Any:
-    """A documented field: `choices` for strings, inclusive bounds for numbers; of a tuple, for each of its entries."""
-    metadata = {"doc": doc, "choices": choices, "minimum": minimum, "maximum": maximum}
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -303,12 +290,6 @@ def load_config(pipeline: str | None = None, overrides: Mapping[str, Mapping[str
     return Config(**{section: SECTIONS[section](**fields) for section, fields in values.items()})
 
 
-def suggestion(wrong: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest of `known`, or nothing."""
-    near = difflib.get_close_matches(wrong, list(known), n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
-
-
 def config_to_json(config: Config) -> dict[str, Any]:
     """The resolved configuration as plain JSON, for the file beside every output."""
     return dataclasses.asdict(config)
@@ -358,41 +339,6 @@ def _read_section(
             problems.append(f"{where}: [{section}] unknown key '{name}'{suggestion(name, known)}")
             continue
         try:
-            values[section][name] = _checked(value, hints[name], known[name].metadata)
+            values[section][name] = checked_value(value, hints[name], known[name].metadata)
         except ValueError as error:
             problems.append(f"{where}: [{section}] {name}: {error}")
-
-
-def _checked(value: object, hint: Any, metadata: Mapping[str, Any]) -> object:
-    """`value` as the field's type; a ValueError that says found and expected."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    wanted = next(kind for kind in kinds if kind is not type(None))
-    choices = metadata["choices"]
-    if typing.get_origin(wanted) is tuple:
-        entry_kind = typing.get_args(wanted)[0]
-        if not isinstance(value, (list, tuple)) or not all(type(entry) is entry_kind for entry in value):
-            raise ValueError(f"found {value!r}, expected a list of {_PLURALS[entry_kind]}")
-        return tuple(_checked(entry, entry_kind, metadata) for entry in value)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not wanted:
-        quoted = f', in quotes: "{value}"' if wanted is str and type(value) in (int, float) else ""
-        raise ValueError(f"found {value!r}, expected {_NAMES[wanted]}{quoted}")
-    if isinstance(value, str):
-        _check_choice(value, choices)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        low, high = metadata["minimum"], metadata["maximum"]
-        # written so that nan fails too
-        if not ((low is None or value >= low) and (high is None or value <= high)):
-            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise ValueError(f"found {value!r}, expected {bounds}")
-    return value
-
-
-_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
-_PLURALS = {str: "strings", int: "whole numbers"}
-
-
-def _check_choice(value: str, choices: tuple[str, ...]) -> None:
-    if choices and value not in choices:
-        raise ValueError(f"found '{value}', expected one of {', '.join(choices)}{suggestion(value, choices)}")

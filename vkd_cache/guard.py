@@ -1,0 +1,65 @@
+"""From what goes wrong to one message and an exit code.
+
+A newcomer's trap: only what a user can cause becomes a message. Any other exception is a bug of ours and keeps its
+traceback.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+
+import click
+
+from vkd_cache import console
+from vkd_cache.errors import ConfigError, VkdCacheError
+
+
+def guarded(command: Callable[[], int | None]) -> int:
+    """The exit code of `command`; what a user can cause becomes one message, a bug of ours keeps its traceback."""
+    with _warnings_as_lines():
+        try:
+            return command() or 0
+        except click.ClickException as error:
+            error.show()
+            return error.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            # Under `python -m`, CPython ends by SIGINT instead of our exit code if the interrupt came while text was
+            # executed (a dataclass being made by an import), until other text is.
+            exec("")
+            return _fail("interrupted.", 130)
+        except ConfigError as error:
+            return _fail(str(error), 2)
+        except VkdCacheError as error:
+            return _fail(str(error), 1)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            in_the_way = isinstance(error, (NotADirectoryError, FileExistsError))
+            advice = ", where a folder is needed. Give another path." if in_the_way else ""
+            return _fail(f"{where}{error.strerror or str(error) or type(error).__name__}{advice}", 1)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return _fail(f"out of memory: {error or 'no more can be had'} Use a smaller --batch-size.", 1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch may not be imported: its own error, for GPUs, is known by name; a CPU's is a plain RuntimeError
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "DefaultCPUAllocator" in str(error)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"Error: {message}", err=True)
+    return code
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Show Python warnings as one line each, without a place in somebody's source code."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        console.warn(" ".join(str(message).split()))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
