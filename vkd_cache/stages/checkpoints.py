@@ -23,7 +23,7 @@ LAST, BEST = "last.pt", "best.pt"
 FREE_FIELDS = {
     "train": {"workers", "device", "output", "resume", "log_every", "checkpoint_every", "tensorboard", "digest_check"},
     "extract": {"workers", "device", "strict"},
-    "eval": {"workers", "device", "batch_size"},
+    "eval": {"workers", "device", "batch_size", "output"},
     "source": {"train", "val"},
     "cache": {"url"},
 }
