@@ -150,7 +150,7 @@ OPTIONS = {
     "--device --output --json",
     "verify": "--source --pixels --teacher --teacher-weights --sample --workers --device --json",
     "compare": "--source --cache --student --teacher --teacher-weights --steps --batch-size --device --output --json",
-    "demo": "--output --short --json",
+    "demo": "--task --output --short --json",
 }
 # options that are not called like the field they set; every other one is
 NAMES = {

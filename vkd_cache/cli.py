@@ -63,6 +63,7 @@ _TEACHER_HELP = "timm model name, or package.module:callable that returns an nn.
 _VAL_HELP = "images to evaluate on: a folder, COCO's too, or tar pattern; default: val/ beside the training split"
 _VIEWS_HELP = "a count N (views 0..N-1) or a range A:B (views A..B-1); default: 1"
 _SAMPLE_HELP = "samples that --pixels and --teacher look at; 0: all; default: 64"
+_DEMOS = {"classification": "demo", "detection": "demo_detection"}  # task and its pipeline
 pipeline_argument = click.argument("pipeline", required=False)
 dry_run_option = click.option("--dry-run", is_flag=True, help="say what would be done, and stop")
 json_option = click.option("--json", "as_json", is_flag=True, help="print one JSON document instead of tables")
@@ -259,21 +260,24 @@ def compare(pipeline: str | None, steps: int, as_json: bool, **settings: object)
 
 
 @cli.command(short_help="all of it on real digits, on a CPU, in minutes")
-@click.argument("pipeline", default="demo")
+@pipeline_argument
+@click.option("--task", default="classification", type=click.Choice(list(_DEMOS)), help="default: classification")
 @click.option("--output", default="vkd-cache-demo", metavar="DIR", help="default: vkd-cache-demo, here")
 @click.option("--short", is_flag=True, help="fewer steps and seeds: shows that all of it runs, not what it gains")
 @json_option
-def demo(pipeline: str, output: str, short: bool, as_json: bool) -> int:
-    """All of it on real digits, on a CPU, in minutes: teacher, cache, students, checks, one table."""
-    config = _resolve(pipeline, {})
-    from vkd_cache.stages.demo import demo as run
-    from vkd_cache.stages.demo_report import COLUMNS
+def demo(pipeline: str | None, task: str, output: str, short: bool, as_json: bool) -> int:
+    """All of it on real digits, on a CPU, in minutes: teacher, cache, students, checks, one table.
 
-    report = run(config, Path(expand_home(output)), short=short)
+    Classification takes the pipeline demo, detection demo_detection, where no other one is given.
+    """
+    config = _resolve(pipeline or _DEMOS[task], {})
+    from vkd_cache.stages.demo import demo as run
+
+    report = run(config, Path(expand_home(output)), task=task, short=short)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
     else:
-        console.show_table(report.title, COLUMNS, report.rows())
+        console.show_table(report.title, report.columns, report.rows())
     return report.exit_code
 
 
