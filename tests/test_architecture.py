@@ -33,6 +33,7 @@ SIDEWAYS = {
     ("students", "vkd_cache.detection.canvas"),
     ("students", "vkd_cache.detection.checkpoint"),
     ("students", "vkd_cache.detection.distillation"),
+    ("students", "vkd_cache.detection.pretrained"),
     ("students", "vkd_cache.detection.vidt"),
     ("losses", "vkd_cache.normalisation"),
     ("projector", "vkd_cache.polar"),

@@ -517,6 +517,34 @@ def test_files_of_the_authors(build: Build, tmp_path: Path) -> None:
         load_student(str(tmp_path / "theirs.pth"), config, 3, ema=True)
 
 
+def test_a_student_starts_from_a_file(build: Build, tmp_path: Path) -> None:
+    """A detector's weights, or those of a Swin classifier for the body alone; a run that continues does without it."""
+    detector = write_detector(tmp_path / "detector.pt", "test_vidt", CLASSES)
+    expected = create_vidt("test_vidt", CLASSES)
+    expected.load_state_dict(torch.load(detector, weights_only=True)["model"])
+    of_detectors = ("det_", "layers.3.down", ".expansion.", "downsample.norm2", "_index")
+    body = {
+        name: value
+        for name, value in expected.backbone.state_dict().items()
+        if name.startswith(("layers.", "patch_embed.")) and not any(part in name for part in of_detectors)
+    }
+    classifier = {"head.weight": torch.ones(5, 128), "norm.bias": torch.ones(128)}
+    torch.save({"model": body | classifier}, tmp_path / "swin.pt")
+    parts = {"detector": expected.state_dict(), "swin": {f"backbone.{name}": value for name, value in body.items()}}
+    for name, part in parts.items():
+        student = {"name": "test_vidt", "weights": str(tmp_path / f"{name}.pt")}
+        run_of = prepared(build, loss=PLAIN, student=student)
+        state = run_of.learner(run_of.supply(live=False)).student.state_dict()
+        same = {key for key, value in expected.state_dict().items() if torch.equal(state[f"net.{key}"], value)}
+        assert set(part) <= same and ("class_embed.0.weight" in same) == (name == "detector")
+    config = build(loss=PLAIN, student=student, train={"batch_size": 12, "output": str(tmp_path / "run")})
+    run(config)
+    (tmp_path / "swin.pt").unlink()
+    assert run(dataclasses.replace(config, train=dataclasses.replace(config.train, resume="auto"))).steps == 2
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        run(dataclasses.replace(config, train=dataclasses.replace(config.train, output=str(tmp_path / "other"))))
+
+
 def test_what_a_detection_run_cannot_begin_with(
     build: Build, coco_tree: Path, digits_tree: Path, whole_cache: Path, tmp_path: Path
 ) -> None:

@@ -137,6 +137,9 @@ class StudentConfig:
     name: str = option(
         "", "deit_ti_distilled, deit_s_distilled, any timm classification model, or for detection vidt_swin_nano etc."
     )
+    weights: str = option(
+        "", "file to start from: a student's weights, or for detection a Swin body's; empty: random weights"
+    )
     drop_path: float = option(0.0, "stochastic depth rate", minimum=0.0, maximum=0.99)
     sync_batchnorm: bool = option(False, "batch-norm statistics over all ranks (GPU only)")
     cross_scale_fusion: bool = option(False, "detection: fuse the patch maps of the body across their scales")

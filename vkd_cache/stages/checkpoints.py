@@ -25,6 +25,7 @@ FREE_FIELDS = {
     "extract": {"workers", "device", "strict"},
     "eval": {"workers", "device", "batch_size", "output"},
     "source": {"train", "val"},
+    "student": {"weights"},
     "cache": {"url"},
 }
 FIRST_STAGE = ("teacher", "cache", "extract")  # without a live teacher they matter by the cache's fingerprint alone

@@ -20,6 +20,7 @@ from vkd_cache.config import Config
 from vkd_cache.optim import make_ema, parameter_groups
 from vkd_cache.stages.feed import FedBatch
 from vkd_cache.stages.ranks import broadcast_first, summed
+from vkd_cache.stages.saved_student import start_student
 from vkd_cache.stages.supply import Supply
 from vkd_cache.stages.task import Task
 
@@ -36,13 +37,22 @@ class Learner:
         ema: averaged student, or None.
     """
 
-    def __init__(self, config: Config, task: Task, *, device: torch.device, world: int = 1) -> None:
+    def __init__(
+        self, config: Config, task: Task, *, device: torch.device, world: int = 1, fresh: bool = True
+    ) -> None:
+        """`fresh`: start from `[student] weights`, where there are any; otherwise `load_state` follows.
+
+        Raises:
+            ConfigError, CheckpointError: a student that cannot be built, or weights that do not fit it.
+        """
         self._config = config
         self._device = device
         self._world = world
         self.task = task
         torch.manual_seed(config.train.seed)
         student = task.create_student()
+        if fresh and config.student.weights:
+            start_student(student, config.student.weights)
         if config.student.sync_batchnorm and device.type == "cuda" and world > 1:
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
         self.student = student.to(device)

@@ -51,7 +51,8 @@ class Loop:
         self._supply = supply
         self._checkpoint = checkpoint
         state = self._checked_state(checkpoint) if checkpoint is not None else None
-        self._learner = run.learner(supply)  # after the checkpoint has said which views: whitening looks at the first
+        # after the checkpoint has said which views: whitening looks at the first
+        self._learner = run.learner(supply, fresh=state is None)
         self._feed = run.feed(supply)
         self._output = run.output
         self.standing = Standing()

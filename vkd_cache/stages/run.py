@@ -126,9 +126,9 @@ class Run:
         )
         return Feed(renderer, self.views, schedule, supply.nodes)
 
-    def learner(self, supply: Supply) -> Learner:
-        """A student at its initial weights, with its losses and optimizer."""
-        return Learner(self.config, self._task(supply), device=self.device, world=self.split.count)
+    def learner(self, supply: Supply, *, fresh: bool = True) -> Learner:
+        """A student at its initial weights, with its losses and optimizer; not `fresh`: a state will be loaded."""
+        return Learner(self.config, self._task(supply), device=self.device, world=self.split.count, fresh=fresh)
 
     def _task(self, supply: Supply) -> Task:
         if is_detection(self.source):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vkd_cache.config import Config, ViewsConfig
 from vkd_cache.detection.vidt import VIDT_NAMES
@@ -82,6 +82,22 @@ def trained_sizes(where: str, views: ViewsConfig) -> ViewsConfig:
         max_size_px=saved["max_size_px"],
         canvas_multiple_px=saved["canvas_multiple_px"],
     )
+
+
+def start_student(student: nn.Module, where: str) -> None:
+    """Give a new student the weights in the file `where`: a student's, or for a detector also a body's alone.
+
+    Raises:
+        CheckpointError: the file cannot be read or does not fit the student.
+    """
+    state = read_torch_file(where)
+    if isinstance(student, Student):
+        load_student_weights(student, state, where=where)
+        return
+    from vkd_cache.students.detector import DetectionStudent, start_detector
+
+    if isinstance(student, DetectionStudent):
+        start_detector(student, state, where)
 
 
 def _own_settings(state: Mapping[str, Any], where: str) -> tuple[str, int, int]:

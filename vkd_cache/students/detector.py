@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from vkd_cache.detection.canvas import CanvasBatch, DetectorOutput, normalise_canvas, run_by_canvas
 from vkd_cache.detection.checkpoint import load_vidt_weights, vidt_classes, vidt_weights
 from vkd_cache.detection.distillation import TokenProjectors
+from vkd_cache.detection.pretrained import load_body_weights
 from vkd_cache.detection.vidt import VIDT_NAMES, ViDT, create_vidt
 from vkd_cache.errors import ConfigError
+from vkd_cache.weights import innermost
 
 _BODY = "net.backbone."
 _BODY_TOKENS = ("det_token", "det_pos_embed")
+_CLASS_HEAD = "class_embed.0.weight"
 _HEADS = {  # options, and how the names of their weights begin
     "cross_scale_fusion": "fusion.",
     "iou_aware": "iou_embed.",
@@ -113,6 +116,18 @@ def create_detector(
     if teacher_width is None or not nodes:
         return DetectionStudent(net)
     return DetectionStudent(net, TokenProjectors(nodes, net.width, teacher_width, projector))
+
+
+def start_detector(student: DetectionStudent, weights: Mapping[str, Any], where: str) -> None:
+    """Give a new student the weights of a detector, or a body that was trained to classify; never projectors.
+
+    Raises:
+        CheckpointError: they are of neither, or do not fit.
+    """
+    if any(str(name).endswith(_CLASS_HEAD) for name in innermost(weights)):
+        load_vidt_weights(student.net, weights, where=where)
+    else:
+        load_body_weights(student.net, weights, where=where)
 
 
 def saved_detector(name: str, weights: Mapping[str, Any], where: str) -> DetectionStudent:

@@ -1,7 +1,7 @@
 """Students by name: VkD's own two, and every classification model of timm.
 
-A newcomer would expect pretrained weights: a student starts from random ones, drawn from torch's global generator, so
-seed that first.
+A newcomer would expect pretrained weights: a student comes with random ones, drawn from torch's global generator, so
+seed that first. A run may replace them (`[student] weights`).
 """
 
 import difflib
