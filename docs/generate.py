@@ -24,7 +24,8 @@ def configuration_page() -> str:
         NOTE,
         "A pipeline is a TOML file with the sections below; what it leaves out has the default, and options",
         "override it. `vkd-cache COMMAND PIPELINE` takes a path, or the name of an installed pipeline",
-        "(`deit_tiny_imagenet`, `deit_small_imagenet`, `vidt_swin_nano_coco`, `vidt_swin_tiny_coco`, `demo`). Unknown",
+        "(`deit_tiny_imagenet`, `deit_small_imagenet`, `vidt_swin_nano_coco`, `vidt_swin_tiny_coco`, `demo`,",
+        "`demo_detection`). Unknown",
         "keys and values out of range are errors, all reported at once. Paths are relative to where the command is",
         "run.",
     ]

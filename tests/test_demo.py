@@ -1,6 +1,5 @@
 """The demo from the command line, once, in its short form; and what it refuses."""
 
-import html.parser
 import json
 import shutil
 import subprocess
@@ -9,34 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from demo_runs import Finished, Page, run_short_demo
 from PIL import Image
 
 from vkd_cache.cache.reader import open_cache
 from vkd_cache.config import find_pipeline, load_config
 from vkd_cache.errors import ConfigError
 from vkd_cache.sources import open_source, source_identity
-from vkd_cache.stages.demo import MARK_NAME, demo
+from vkd_cache.stages.demo import demo
 from vkd_cache.stages.demo_data import NUM_IN_TARS, NUM_TRAIN, write_digits
 from vkd_cache.stages.demo_jobs import TrainResult
-from vkd_cache.stages.demo_report import COLUMNS, DemoReport
+from vkd_cache.stages.demo_report import DemoReport
 from vkd_cache.stages.journal import read_log
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    """Output folder, JSON document and stderr of the short demo, run over the ruins of an earlier one."""
-    output = tmp_path_factory.mktemp("demo") / "out"
-    (output / "teacher").mkdir(parents=True)
-    (output / "teacher" / "last.pt").write_bytes(b"cut sh")
-    (output / "notes.txt").write_text("mine")
-    (output / MARK_NAME).touch()
-    command = [sys.executable, "-m", "vkd_cache", "demo", "--short", "--json", "--output", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return output, json.loads(result.stdout), result.stderr
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return run_short_demo(tmp_path_factory.mktemp("demo") / "out")
 
 
-def test_every_stage_ran_and_the_cache_is_sound(finished: tuple[Path, dict[str, Any], str]) -> None:
+def test_every_stage_ran_and_the_cache_is_sound(finished: Finished) -> None:
     output, document, _ = finished
     levels = document["check"]["report"]["levels"]
     assert document["check"]["report"]["verdict"] == "sound"
@@ -44,14 +35,14 @@ def test_every_stage_ran_and_the_cache_is_sound(finished: tuple[Path, dict[str, 
     assert all(level["checked"] > 0 and level["errors"] == 0 for level in levels.values())
     assert document["extraction"]["views"] == document["num_views"] * NUM_IN_TARS
     assert set(open_cache(str(output / "cache")).published()) == set(range(document["num_views"]))
-    assert document["teacher"]["top1"] == document["check"]["teacher_top1"] > 50  # ten classes: chance is 10
+    assert document["teacher"]["scores"]["top1"] == document["check"]["teacher_top1"] > 50  # ten classes: chance is 10
     report = json.loads((output / "report.json").read_text())
     assert report["config"]["student"]["name"] and report["versions"]["torch"]
     assert document == {name: value for name, value in report.items() if name not in ("config", "versions")}
     assert report["extraction"]["fingerprint"] == open_cache(str(output / "cache")).fingerprint
 
 
-def test_the_three_ways_differ_in_the_teacher_only(finished: tuple[Path, dict[str, Any], str]) -> None:
+def test_the_three_ways_differ_in_the_teacher_only(finished: Finished) -> None:
     output, document, _ = finished
     runs = {kind: json.loads((output / f"students/{kind}-0/run.json").read_text()) for kind in document["students"]}
     assert list(runs) == ["plain", "live", "cached"]
@@ -68,7 +59,7 @@ def test_the_three_ways_differ_in_the_teacher_only(finished: tuple[Path, dict[st
             assert cached[term] == pytest.approx(live[term], rel=0.02)
 
 
-def test_numbers_of_the_report_are_measured(finished: tuple[Path, dict[str, Any], str]) -> None:
+def test_numbers_of_the_report_are_measured(finished: Finished) -> None:
     _, document, _ = finished
     runs = [document["teacher"], document["extraction"], *(run for r in document["students"].values() for run in r)]
     for run in runs:
@@ -78,19 +69,18 @@ def test_numbers_of_the_report_are_measured(finished: tuple[Path, dict[str, Any]
     assert document["seconds"] > sum(run["seconds"] for run in runs)
 
 
-def test_page_is_whole_and_needs_nothing_else(finished: tuple[Path, dict[str, Any], str]) -> None:
+def test_page_is_whole_and_needs_nothing_else(finished: Finished) -> None:
     output, _, _ = finished
     page = (output / "index.html").read_text()
-    parser = _Page()
-    parser.feed(page)
+    parser = Page(page)
     assert parser.links == [] and len(parser.pictures) == 1
     assert parser.pictures[0].startswith("data:image/png;base64,")
-    assert all(f"<th>{name}</th>" in page for name in COLUMNS)
+    assert all(f"<th>{name}</th>" in page for name in DemoReport.columns)
     with Image.open(output / "curves.png") as picture:
         assert picture.format == "PNG" and picture.width > 800
 
 
-def test_it_starts_over_and_leaves_what_is_not_its_own(finished: tuple[Path, dict[str, Any], str]) -> None:
+def test_it_starts_over_and_leaves_what_is_not_its_own(finished: Finished) -> None:
     output, _, said = finished
     assert (output / "notes.txt").read_text() == "mine"
     assert "Traceback" not in said and "Warning" not in said
@@ -98,7 +88,7 @@ def test_it_starts_over_and_leaves_what_is_not_its_own(finished: tuple[Path, dic
 
 
 def test_the_pipeline_names_what_the_demo_leaves(
-    finished: tuple[Path, dict[str, Any], str], tmp_path: Path
+    finished: Finished, tmp_path: Path
 ) -> None:
     shutil.copytree(finished[0], tmp_path / "vkd-cache-demo")
     for name in ("demo", "demo_teacher"):
@@ -151,29 +141,16 @@ def test_the_claim_follows_the_numbers() -> None:
     assert "gains -4.3 " in worse and "may explain" in worse
 
 
-class _Page(html.parser.HTMLParser):
-    """Collects what a page refers to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.links: list[str] = []
-        self.pictures: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        if tag in ("link", "script", "a"):
-            self.links.append(values.get("href") or values.get("src") or tag)
-        if tag == "img":
-            self.pictures.append(values["src"] or "")
-
-
 def _report(plain: list[float], cached: list[float]) -> DemoReport:
     def runs(accuracies: list[float]) -> list[TrainResult]:
-        return [TrainResult(top1=value, steps=1, seconds=1.0, cpu_seconds=1.0, peak_bytes=1) for value in accuracies]
+        return [
+            TrainResult(scores={"top1": value}, steps=1, seconds=1.0, cpu_seconds=1.0, peak_bytes=1)
+            for value in accuracies
+        ]
 
     students = {"plain": runs(plain), "live": runs(cached), "cached": runs(cached)}
     nothing: Any = None
     return DemoReport(
         short=False, num_val=1, num_taught=1, num_learnt=1, num_views=1, epochs=1, teacher_name="t", student_name="s",
-        teacher=nothing, extraction=nothing, check=nothing, students=students, seconds=1.0, output="o",
+        teacher=nothing, extraction=nothing, check=nothing, students=students, output="o",
     )

@@ -64,6 +64,7 @@ _VAL_HELP = "images to evaluate on: a folder, COCO's too, or tar pattern; defaul
 _VIEWS_HELP = "a count N (views 0..N-1) or a range A:B (views A..B-1); default: 1"
 _SAMPLE_HELP = "samples that --pixels and --teacher look at; 0: all; default: 64"
 _DEMOS = {"classification": "demo", "detection": "demo_detection"}  # task and its pipeline
+_DEMO_OUTPUTS = {"classification": "vkd-cache-demo", "detection": "vkd-cache-demo-detection"}
 pipeline_argument = click.argument("pipeline", required=False)
 dry_run_option = click.option("--dry-run", is_flag=True, help="say what would be done, and stop")
 json_option = click.option("--json", "as_json", is_flag=True, help="print one JSON document instead of tables")
@@ -82,7 +83,7 @@ def cli() -> None:
     """Run a vision teacher once, train any number of VkD students from the cache.
 
     PIPELINE is a TOML file, or the name of an installed one (deit_tiny_imagenet, deit_small_imagenet,
-    vidt_swin_nano_coco, vidt_swin_tiny_coco, demo); options override what it says.
+    vidt_swin_nano_coco, vidt_swin_tiny_coco, demo, demo_detection); options override what it says.
     """
 
 
@@ -262,18 +263,19 @@ def compare(pipeline: str | None, steps: int, as_json: bool, **settings: object)
 @cli.command(short_help="all of it on real digits, on a CPU, in minutes")
 @pipeline_argument
 @click.option("--task", default="classification", type=click.Choice(list(_DEMOS)), help="default: classification")
-@click.option("--output", default="vkd-cache-demo", metavar="DIR", help="default: vkd-cache-demo, here")
+@click.option("--output", metavar="DIR", help="default: vkd-cache-demo or vkd-cache-demo-detection, here")
 @click.option("--short", is_flag=True, help="fewer steps and seeds: shows that all of it runs, not what it gains")
 @json_option
-def demo(pipeline: str | None, task: str, output: str, short: bool, as_json: bool) -> int:
-    """All of it on real digits, on a CPU, in minutes: teacher, cache, students, checks, one table.
+def demo(pipeline: str | None, task: str, output: str | None, short: bool, as_json: bool) -> int:
+    """All of it on real digits, on a CPU: teacher, cache, students, checks, one table.
 
-    Classification takes the pipeline demo, detection demo_detection, where no other one is given.
+    To classify them takes minutes, to detect them on photographs half an hour. The first takes the pipeline demo, the
+    second demo_detection, where no other one is given.
     """
     config = _resolve(pipeline or _DEMOS[task], {})
     from vkd_cache.stages.demo import demo as run
 
-    report = run(config, Path(expand_home(output)), task=task, short=short)
+    report = run(config, Path(expand_home(output or _DEMO_OUTPUTS[task])), task=task, short=short)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
     else:

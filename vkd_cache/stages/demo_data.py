@@ -89,12 +89,12 @@ def load_digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         ConfigError: scikit-learn is not installed.
     """
     try:
-        from sklearn import datasets
+        import sklearn.datasets
     except ImportError as error:
         raise ConfigError(
             "demo: the digits come with scikit-learn, which is not installed. Run: pip install scikit-learn"
         ) from error
-    digits = datasets.load_digits()
+    digits = sklearn.datasets.load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # scikit-learn counts ink from 0 to 16
     return grey, digits.target.astype(np.int64)
 

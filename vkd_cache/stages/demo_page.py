@@ -1,52 +1,102 @@
-"""The demo's picture and page: curves of the three ways to train, and one HTML file that needs nothing else.
+"""The demo's curves and page: one picture over all runs, and one HTML file that needs nothing else.
 
 Shape legend: S seeds, E points of a curve.
 """
 
 import base64
+import dataclasses
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from vkd_cache.config import Config
 from vkd_cache.runtime import write_atomic
-from vkd_cache.stages.demo_report import COLUMNS, KINDS, DemoReport
+from vkd_cache.stages.demo_report import Comparison
 
 CURVES_NAME, PAGE_NAME = "curves.png", "index.html"
-COLOURS = {"plain": "#8a8f98", "live": "#e08214", "cached": "#2166ac"}
-_PANELS = (("eval", "top1", "top-1 on unseen digits, %"), ("step", "task", "loss against the labels"))
 
 Log = Sequence[Mapping[str, Any]]
 
 
-def draw_demo(path: Path, logs: Mapping[str, Sequence[Log]], report: DemoReport) -> None:
-    """Write a PNG with accuracy and task loss over steps: the mean of the seeds, and their range.
+class Panel(NamedTuple):
+    """One diagram: which lines of the logs (`step` or `eval`), which of their numbers, and what it is."""
+
+    kind_of_line: str
+    name: str
+    title: str
+
+
+class Pen(NamedTuple):
+    """How the runs of one kind are drawn."""
+
+    colour: str
+    style: str = "-"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chart:
+    """What the curves show.
+
+    Attributes:
+        title: of all panels.
+        panels: the first one is of the metric that the teacher's line belongs to.
+        pens: by kind of run.
+        teacher_score: the teacher's value of that metric.
+    """
+
+    title: str
+    panels: tuple[Panel, ...]
+    pens: Mapping[str, Pen]
+    teacher_score: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What a task's steps hand over.
+
+    Attributes:
+        config: of the students, with the paths of this demo.
+        report: the numbers.
+        chart: how to draw the logs.
+        pictures: what can be seen in further PNGs for the page, by name of the file.
+    """
+
+    config: Config
+    report: Comparison
+    chart: Chart
+    pictures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def draw_demo(path: Path, logs: Mapping[str, Sequence[Log]], labels: Mapping[str, str], chart: Chart) -> None:
+    """Write a PNG with the chart's panels over steps: the mean of the seeds, and their range.
 
     Args:
         path: the file.
         logs: log lines of each run, by kind, one log for each seed.
-        report: for the title and the teacher's accuracy.
+        labels: what the kinds are called.
+        chart: what to draw of them.
     """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
-    figure.suptitle(f"{report.student_name} on {report.num_learnt} digits, taught by {report.teacher_name}")
-    for number, (kind_of_line, name, title) in enumerate(_PANELS, start=1):
-        axes = figure.add_subplot(1, len(_PANELS), number)
+    figure = Figure(figsize=(4.8 * len(chart.panels), 4.2), layout="constrained")
+    figure.suptitle(chart.title)
+    for number, panel in enumerate(chart.panels, start=1):
+        axes = figure.add_subplot(1, len(chart.panels), number)
         for kind, runs in logs.items():
-            steps, values = _curve(runs, kind_of_line, name)
-            style = "--" if kind == "live" else "-"
-            axes.plot(steps, values.mean(0), style, label=KINDS[kind], color=COLOURS[kind], lw=1.8, zorder=3)
-            axes.fill_between(steps, values.min(0), values.max(0), color=COLOURS[kind], alpha=0.18, lw=0)
-        if name == "top1":
-            axes.axhline(report.check.teacher_top1, color="#333333", lw=1, ls=":", label="teacher")
+            steps, values = _curve(runs, panel.kind_of_line, panel.name)
+            pen = chart.pens[kind]
+            axes.plot(steps, values.mean(0), pen.style, label=labels[kind], color=pen.colour, lw=1.8, zorder=3)
+            axes.fill_between(steps, values.min(0), values.max(0), color=pen.colour, alpha=0.18, lw=0)
+        if number == 1:
+            axes.axhline(chart.teacher_score, color="#333333", lw=1, ls=":", label="teacher")
             figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-        axes.set_title(title, fontsize=10)
+        axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -60,20 +110,24 @@ def _curve(runs: Sequence[Log], kind_of_line: str, name: str) -> tuple[list[int]
     return steps, np.array([[values[step] for step in steps] for values in points])
 
 
-def write_page(folder: Path, report: DemoReport) -> Path:
-    """Write the page with the table and the picture, which must be there; returns its path."""
-    picture = base64.b64encode((folder / CURVES_NAME).read_bytes()).decode()
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
-    body = "\n".join(
-        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in report.rows()
-    )
+def write_page(folder: Path, report: Comparison, pictures: Mapping[str, str]) -> Path:
+    """Write the page with the table and the pictures; returns its path.
+
+    Args:
+        folder: where it goes, and where the pictures are.
+        report: what it tells.
+        pictures: what can be seen in each PNG, by the name of the file.
+    """
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in report.columns)
+    body = "\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in report.rows())
     page = _PAGE.format(
+        heading=html.escape(report.heading),
         conclusion=html.escape(report.conclusion()),
         title=html.escape(report.title),
         head=head,
         body=body,
-        picture=picture,
-        story=html.escape(_story(report)),
+        pictures="\n".join(_picture(folder / name, seen) for name, seen in pictures.items()),
+        story=html.escape(report.story()),
         seconds=f"{report.seconds:.0f}",
     )
     path = folder / PAGE_NAME
@@ -81,15 +135,9 @@ def write_page(folder: Path, report: DemoReport) -> Path:
     return path
 
 
-def _story(report: DemoReport) -> str:
-    return (
-        f"A {report.teacher_name} was trained on {report.num_taught} scanned digits. It then looked once at "
-        f"{report.num_views} planned views of {report.num_learnt} of them, and its features went into the cache. The "
-        f"same {report.student_name} was trained on these {report.num_learnt} images for {report.epochs} epochs in "
-        "three ways, with the same views, order and initial weights: from the labels alone, with the teacher running "
-        "beside it, and from the cache with no teacher in the process. Lines are means over the seeds, bands their "
-        "range."
-    )
+def _picture(path: Path, seen: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{html.escape(seen)}" src="data:image/png;base64,{data}">'
 
 
 _PAGE = """<!doctype html>
@@ -97,7 +145,7 @@ _PAGE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>vkd-cache demo</title>
+<title>{heading}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
 h1 {{ font-size: 1.5rem; margin-bottom: .3rem; }}
@@ -112,7 +160,7 @@ footer {{ color: #666; font-size: .9rem; margin-top: 2rem; }}
 </style>
 </head>
 <body>
-<h1>vkd-cache demo</h1>
+<h1>{heading}</h1>
 <p class="conclusion">{conclusion}</p>
 <table>
 <caption>{title}</caption>
@@ -121,7 +169,7 @@ footer {{ color: #666; font-size: .9rem; margin-top: 2rem; }}
 {body}
 </tbody>
 </table>
-<img alt="Accuracy and task loss over steps for the three ways to train" src="data:image/png;base64,{picture}">
+{pictures}
 <p>{story}</p>
 <footer>Made in {seconds} s by <code>vkd-cache demo</code>; every number is in report.json beside this page.</footer>
 </body>

@@ -1,38 +1,52 @@
-"""What the demo found: the numbers of every step, the one table, and a sentence on what they show."""
+"""What a demo found: the numbers that all tasks have, and classification's table and sentence.
 
+Shape legend: S seeds.
+"""
+
+import abc
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 from vkd_cache.stages.demo_jobs import CheckResult, ExtractResult, TrainResult
 
-KINDS = {
-    "plain": "student, no distillation",
-    "live": "student, live teacher",
-    "cached": "student, from the cache",
-}
-COLUMNS = ("what", "top-1, %", "seconds", "peak MiB", "cache")
+PLAIN = "plain"  # the kind of run without distillation, which the others are compared with
+
+
+class Gain(NamedTuple):
+    """What one kind of run has over training without distillation: mean of the seeds' differences, standard error."""
+
+    mean: float
+    error: float
+
+    @property
+    def doubt(self) -> str:
+        """What to add to a sentence that tells of it."""
+        return "" if self.mean > 2 * self.error else ", which the spread of the seeds may explain"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DemoReport:
-    """The demo's results.
+class Comparison(abc.ABC):
+    """One student trained in several ways.
 
     Attributes:
         short: it was the short form, which shows that all of it runs and not what it gains.
-        num_val: images that accuracies are of.
+        num_val: images that the scores are of.
         num_taught, num_learnt: images that the teacher and the students were trained on.
         num_views: cached views of each image.
         epochs: of the students.
-        teacher_name, student_name: timm's names.
+        teacher_name, student_name: of the networks.
         teacher: its training.
-        extraction, check: of the cache.
-        students: runs by kind (`plain`, `live`, `cached`), one for each seed 0, 1, ...
-        seconds: wall-clock time of the whole demo.
+        students: runs by kind, one for each seed 0, 1, ...
         output: where everything lies.
+        seconds: wall-clock time of the whole demo, which is known only at its end.
     """
+
+    heading: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]]
+    kinds: ClassVar[dict[str, str]]  # what the runs of each kind are called
 
     short: bool
     num_val: int
@@ -43,47 +57,95 @@ class DemoReport:
     teacher_name: str
     student_name: str
     teacher: TrainResult
-    extraction: ExtractResult
-    check: CheckResult
     students: dict[str, list[TrainResult]]
-    seconds: float
     output: str
+    seconds: float = 0.0
+
+    @property
+    @abc.abstractmethod
+    def sound(self) -> bool:
+        """Whether every cache verified."""
+
+    @property
+    @abc.abstractmethod
+    def title(self) -> str:
+        """What the table is of."""
+
+    @abc.abstractmethod
+    def rows(self) -> list[tuple[str, ...]]:
+        """Cells of the table, by `columns`."""
+
+    @abc.abstractmethod
+    def conclusion(self) -> str:
+        """What the numbers show, and no more than that."""
+
+    @abc.abstractmethod
+    def story(self) -> str:
+        """What was done, for someone who sees only the page."""
 
     @property
     def exit_code(self) -> int:
-        """0, or 3 when the cache did not verify."""
-        return 0 if self.check.report["verdict"] == "sound" else 3
+        """0, or 3 when a cache did not verify."""
+        return 0 if self.sound else 3
 
     @property
-    def gains(self) -> list[float]:
-        """Points of top-1 that training from the cache has over training without distillation, for each seed.
+    def over_seeds(self) -> str:
+        """What the students' numbers are."""
+        seeds = len(self.students[PLAIN])
+        return f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+
+    def gain(self, kind: str) -> Gain:
+        """Points that runs of `kind` have over training without distillation.
 
         Both runs of a seed have the same initial weights, views and order, so they are compared with each other.
         """
-        pairs = zip(self.students["cached"], self.students["plain"], strict=True)
-        return [cached.top1 - plain.top1 for cached, plain in pairs]
+        pairs = zip(self.students[kind], self.students[PLAIN], strict=True)
+        gains = [run.score - plain.score for run, plain in pairs]
+        error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+        return Gain(statistics.mean(gains), error)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, with every run."""
+        gains = {kind: self.gain(kind)._asdict() for kind in self.students if kind != PLAIN}
+        return dataclasses.asdict(self) | {"gains": gains}
+
+
+SHORT_CONCLUSION = "The short form shows that every stage runs; what distillation gains takes the full demo."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoReport(Comparison):
+    """Classification: three ways to train.
+
+    Attributes:
+        extraction, check: of the cache.
+    """
+
+    heading = "vkd-cache demo"
+    columns = ("what", "top-1, %", "seconds", "peak MiB", "cache")
+    kinds: ClassVar = {
+        PLAIN: "student, no distillation",
+        "live": "student, live teacher",
+        "cached": "student, from the cache",
+    }
+
+    extraction: ExtractResult
+    check: CheckResult
 
     @property
-    def gain(self) -> float:
-        """Mean of `gains`."""
-        return statistics.mean(self.gains)
-
-    @property
-    def gain_error(self) -> float:
-        """Standard error of `gain`; 0 with one seed."""
-        return statistics.stdev(self.gains) / math.sqrt(len(self.gains)) if len(self.gains) > 1 else 0.0
+    def sound(self) -> bool:
+        """Whether the cache verified."""
+        return bool(self.check.report["verdict"] == "sound")
 
     @property
     def title(self) -> str:
         """What the table is of."""
-        seeds = len(self.students["plain"])
-        over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-        return f"Digits: accuracy on {self.num_val} images; students: {over}, time of one run"
+        return f"Digits: accuracy on {self.num_val} images; students: {self.over_seeds}, time of one run"
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Cells of the table, by COLUMNS."""
-        extraction, cache = self.extraction, _size(self.extraction.bytes)
-        per_view = f"{extraction.bytes / max(extraction.views, 1):.0f} B a view"
+        """Cells of the table, by `columns`."""
+        extraction, cache = self.extraction, size_text(self.extraction.bytes)
+        per_view = f"{extraction.bytes_per_view:.0f} B a view"
         verify = self.check.report
         rows: list[tuple[str, ...]] = [
             (
@@ -101,47 +163,63 @@ class DemoReport:
                 f"{cache}, {per_view}, {', '.join(extraction.codecs.values())}",
             ),
         ]
-        for kind, label in KINDS.items():
+        for kind, label in self.kinds.items():
             runs = self.students[kind]
-            accuracy = f"{_mean(runs):.1f}" + (f" ± {_spread(runs):.1f}" if len(runs) > 1 else "")
             seconds = statistics.mean(run.seconds for run in runs)
             peak = _mib(max(run.peak_bytes for run in runs))
+            accuracy = mean_and_spread([run.score for run in runs])
             rows.append((label, accuracy, f"{seconds:.1f}", peak, "read" if kind == "cached" else ""))
         checked = verify["levels"]["pixels"]["checked"]
         rows.append(
-            (f"verify files, pixels and teacher ({checked} views)", "", f"{verify['seconds']:.1f}", "",
-             verify["verdict"])
+            (
+                f"verify files, pixels and teacher ({checked} views)",
+                "",
+                f"{verify['seconds']:.1f}",
+                "",
+                verify["verdict"],
+            )
         )
         return rows
 
     def conclusion(self) -> str:
         """What the numbers show, and no more than that."""
         if self.short:
-            return "The short form shows that every stage runs; what distillation gains takes the full demo."
+            return SHORT_CONCLUSION
         live = _mean(self.students["live"]) - _mean(self.students["cached"])
-        clear = "" if self.gain > 2 * self.gain_error else ", which the spread of the seeds may explain"
+        gain = self.gain("cached")
         return (
-            f"Trained from the cache, the student gains {self.gain:+.1f} ± {self.gain_error:.1f} points over training "
-            f"without distillation{clear}. The live teacher differs from the cache by {live:+.1f}."
+            f"Trained from the cache, the student gains {gain.mean:+.1f} ± {gain.error:.1f} points over training "
+            f"without distillation{gain.doubt}. The live teacher differs from the cache by {live:+.1f}."
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON, with every run."""
-        return dataclasses.asdict(self) | {"gain": self.gain, "gain_error": self.gain_error}
+    def story(self) -> str:
+        """What was done, for someone who sees only the page."""
+        return (
+            f"A {self.teacher_name} was trained on {self.num_taught} scanned digits. It then looked once at "
+            f"{self.num_views} planned views of {self.num_learnt} of them, and its features went into the cache. The "
+            f"same {self.student_name} was trained on these {self.num_learnt} images for {self.epochs} epochs in "
+            "three ways, with the same views, order and initial weights: from the labels alone, with the teacher "
+            "running beside it, and from the cache with no teacher in the process. Lines are means over the seeds, "
+            "bands their range."
+        )
 
 
-def _mean(runs: Sequence[TrainResult]) -> float:
-    return statistics.mean(run.top1 for run in runs)
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation (n - 1) of S values; the value itself where there is one."""
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def _spread(runs: Sequence[TrainResult]) -> float:
-    """Standard deviation (n - 1); 0 for one run."""
-    return statistics.stdev(run.top1 for run in runs) if len(runs) > 1 else 0.0
+def size_text(num_bytes: float) -> str:
+    """Bytes for people."""
+    for unit, size in (("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.{1 if num_bytes < 100 * size else 0}f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def _mean(runs: Iterable[TrainResult]) -> float:
+    return statistics.mean(run.score for run in runs)
 
 
 def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.0f}"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e3:.0f} kB" if num_bytes < 1e6 else f"{num_bytes / 1e6:.1f} MB"

@@ -9,6 +9,7 @@ training scene has: scans are divided by a seeded permutation, photographs by th
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from vkd_cache.stages.demo_data import JPEG_QUALITY, load_digits
 
 SIDE_PX = 96
 NUM_TRAIN, NUM_VAL = 2000, 300
+NUM_LEARNT = 500  # of the training scenes, those that students get
 MAX_DIGITS = 3  # of a scene, at least 1
 DIGIT_PX = (24, 44)  # side of the scan's square, smallest and largest
 _NUM_VAL_DIGITS = 397
@@ -67,6 +69,22 @@ def write_scenes(folder: Path, *, num_train: int = NUM_TRAIN, num_val: int = NUM
     return folder
 
 
+def first_scenes(scenes: Path, folder: Path, count: int) -> Path:
+    """A data set of the first `count` training scenes of `scenes`, without a validation split; returns `folder`."""
+    name = "instances_train2017.json"
+    document = json.loads((scenes / "annotations" / name).read_text(encoding="utf-8"))
+    document["images"] = document["images"][:count]
+    kept = {image["id"] for image in document["images"]}
+    document["annotations"] = [entry for entry in document["annotations"] if entry["image_id"] in kept]
+    for part in ("annotations", "train2017"):
+        (folder / part).mkdir(parents=True)
+    for image in document["images"]:
+        file_name = image["file_name"]
+        shutil.copyfile(scenes / "train2017" / file_name, folder / "train2017" / file_name)
+    (folder / "annotations" / name).write_text(json.dumps(document), encoding="utf-8")
+    return folder
+
+
 def _photographs(*, lower: bool) -> list[Pixels]:
     """The lower quarters of scikit-learn's two photographs, or the rest of them."""
     from sklearn.datasets import load_sample_images
@@ -104,9 +122,7 @@ def _ink(scan: Pixels, side_px: int) -> npt.NDArray[np.float64]:
     return cut
 
 
-def _free_place(
-    rng: np.random.Generator, shape: tuple[int, ...], digits: list[_Digit]
-) -> tuple[int, int] | None:
+def _free_place(rng: np.random.Generator, shape: tuple[int, ...], digits: list[_Digit]) -> tuple[int, int] | None:
     """(top, left) where a digit of `shape` touches none of `digits`; None where no try finds one."""
     height, width = shape
     for _ in range(_PLACING_TRIES):
