@@ -2,11 +2,14 @@
 
 import html.parser
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vkd_cache.config import Config
+from vkd_cache.errors import ConfigError
 from vkd_cache.stages.demo import MARK_NAME
 
 
@@ -28,6 +31,16 @@ def run_short_demo(output: Path, *options: str) -> Finished:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return Finished(output, json.loads(result.stdout), result.stderr)
+
+
+def own_process(_: Config) -> int:
+    """A job that tells where it runs."""
+    return os.getpid()
+
+
+def refuses(_: Config) -> int:
+    """A job that fails."""
+    raise ConfigError("on purpose")
 
 
 class Page(html.parser.HTMLParser):
