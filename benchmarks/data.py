@@ -57,17 +57,19 @@ def make_photos(folder: Path, count: int, *, seed: int) -> int:
     return total
 
 
-def photos(count: int, *, seed: int) -> Iterator[bytes]:
-    """JPEG files: cuts of two photographs, mirrored and exposed at random; errors as `make_photos`."""
+def photos(count: int, *, seed: int, sizes_px: Sequence[tuple[int, int]] = (PHOTO_PX,)) -> Iterator[bytes]:
+    """JPEG files: cuts of two photographs, mirrored and exposed at random, of the sizes (width, height) in turn;
+    errors as `make_photos`."""
     photographs = _photographs()
     rng = np.random.default_rng([seed, 1])
     for number in range(count):
         picture = photographs[number % len(photographs)]
+        size = sizes_px[number % len(sizes_px)]
         height = int(rng.integers(picture.height // 2, picture.height + 1))
-        width = min(picture.width, round(height * PHOTO_PX[0] / PHOTO_PX[1]))
+        width = min(picture.width, round(height * size[0] / size[1]))
         left = int(rng.integers(0, picture.width - width + 1))
         top = int(rng.integers(0, picture.height - height + 1))
-        cut = picture.resize(PHOTO_PX, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
+        cut = picture.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
         if rng.random() < 0.5:
             cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         yield jpeg(ImageEnhance.Brightness(cut).enhance(0.8 + 0.4 * float(rng.random())), JPEG_QUALITY)

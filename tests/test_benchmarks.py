@@ -28,12 +28,21 @@ MEASURED = {
     "read": ["feed with cache", "feed of images", "CPU, feature path", "CPU, image path", "CPU, our pipeline",
              "CPU, torchvision pipeline"],
     "step": [f"{what}, {kind}" for what in ("step", "peak memory") for kind in ("cache", "plain", "live")],
+    "detection": [
+        *(f"{what}, {kind}" for what in ("step", "peak memory") for kind in
+          ("cache", "cache, 10 % int8", "plain", "live")),
+        *(f"{what}, {choice}" for what in ("read and join", "read and join in bytes") for choice in
+          ("float16", "int8", "float16, 25 %", "int8, 10 %", "int8, patch_3 and neck_det")),
+    ],
 }  # fmt: skip
 RATIOS = {
     "extract": ["extract / teacher alone", "publish zarr float16 / 30 us"],
     "read": ["feed with cache / feed of images", "CPU of the feature path / of the image path",
              "our pipeline / torchvision's", "bytes per view, zarr uint8 / 3.1 kB"],
     "step": ["cache / plain", "live / cache", "peak memory, live / cache"],
+    "detection": ["cache / plain", "live / cache", "live / cache, 10 % int8", "peak memory, live / cache",
+                  "bytes, int8, 10 % / float16", "bytes, made tokens / the teacher's, same views",
+                  "read / this student's need, int8, 10 %"],
 }  # fmt: skip
 REPETITIONS = 2
 
@@ -65,10 +74,13 @@ def test_benchmark_runs_and_writes_every_repetition(name: str, tmp_path: Path) -
         assert what in result.stdout
         if "numerator" in found:
             check_pairs(found, document["measurements"])
-    if name == "step":
+    if name in ("step", "detection"):
         assert document["facts"]["live / cache by FLOPs alone"] > 1
         losses = document["facts"]["loss after the timed steps"]
         assert losses["live"] == pytest.approx(losses["cache"], rel=0.01)
+    if name == "detection":  # made tokens take as many bytes as the teacher's own
+        twin = document["ratios"]["bytes, made tokens / the teacher's, same views"]
+        assert twin["median"] == pytest.approx(1, abs=0.02)
 
 
 def check_origin(document: dict[str, Any], name: str, folder: str) -> None:
