@@ -11,7 +11,6 @@ for a child starts at what its parent held. Hence the imports inside the jobs.
 import contextlib
 import dataclasses
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vkd_cache import console
 from vkd_cache.config import Config
 from vkd_cache.errors import VkdCacheError
-from vkd_cache.runtime import JobSplit, peak_memory_bytes
+from vkd_cache.runtime import JobSplit, num_cores, peak_memory_bytes
 
 if TYPE_CHECKING:
     from vkd_cache.stages.accuracy import EvalResult
@@ -60,8 +59,7 @@ class Processes:
 
         The first error ends it: jobs that have not begun never do.
         """
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        with ThreadPoolExecutor(max_workers=min(cores, _MAX_SIDE_BY_SIDE)) as threads:
+        with ThreadPoolExecutor(max_workers=min(num_cores(), _MAX_SIDE_BY_SIDE)) as threads:
             numbers = {threads.submit(self, job, config): number for number, (job, config) in enumerate(jobs)}
             try:
                 for future in as_completed(numbers):
