@@ -49,6 +49,9 @@ class ViewsConfig:
     )
     size_px: int = option(224, "height and width of a view, pixels (not for detection)", minimum=8, maximum=4096)
     seed: int = option(0, "cache seed: the root of every draw of the plan", minimum=0, maximum=2**63 - 1)
+    flip_probability: float | None = option(
+        None, "probability that a view is mirrored; empty: the recipe's own", minimum=0.0, maximum=1.0
+    )
     mix_probability: float | None = option(
         None, "probability that a pair is mixed; empty: the recipe's own", minimum=0.0, maximum=1.0
     )

@@ -297,6 +297,7 @@ def _views_of(cache: Cache, recipe: Recipe) -> ViewsConfig:
         return ViewsConfig(
             recipe=recipe.name,
             seed=cache.manifest.seed,
+            flip_probability=recipe.flip_probability,
             scales=geometry.scales,
             max_size_px=geometry.max_size_px,
             crop_scales=geometry.crop_scales,
@@ -308,6 +309,7 @@ def _views_of(cache: Cache, recipe: Recipe) -> ViewsConfig:
         recipe=recipe.name,
         size_px=recipe.size_px,
         seed=cache.manifest.seed,
+        flip_probability=recipe.flip_probability,
         mix_probability=recipe.mix_probability,
         mixup_alpha=recipe.mixup_alpha,
         cutmix_alpha=recipe.cutmix_alpha,

@@ -260,7 +260,7 @@ def detection_eval_recipe(size_px: int, max_size_px: int, canvas_multiple_px: in
 
 
 def make_recipe(views: ViewsConfig) -> Recipe:
-    """The recipe that a `[views]` section asks for: the preset with the section's sizes and mixing.
+    """The recipe that a `[views]` section asks for: the preset with the section's sizes, mirroring and mixing.
 
     A detection preset takes `scales` and what follows it from the section, the others `size_px` and the mixing.
 
@@ -271,6 +271,7 @@ def make_recipe(views: ViewsConfig) -> Recipe:
     if preset is None:
         raise ConfigError(f"[views] recipe: found '{views.recipe}', expected one of {', '.join(RECIPES)}.")
     probability = preset.mix_probability if views.mix_probability is None else views.mix_probability
+    flips = preset.flip_probability if views.flip_probability is None else views.flip_probability
     if preset.detection is not None:
         geometry = DetectionGeometry(
             scales=views.scales,
@@ -281,11 +282,12 @@ def make_recipe(views: ViewsConfig) -> Recipe:
             crop_max_px=views.crop_max_px,
             canvas_multiple_px=views.canvas_multiple_px,
         )
-        recipe = _detection_recipe(preset.name, geometry, flip_probability=preset.flip_probability)
+        recipe = _detection_recipe(preset.name, geometry, flip_probability=float(flips))
         return dataclasses.replace(recipe, mix_probability=float(probability))
     return dataclasses.replace(
         preset,
         size_px=views.size_px,
+        flip_probability=float(flips),
         mix_probability=float(probability),
         mixup_alpha=float(views.mixup_alpha),
         cutmix_alpha=float(views.cutmix_alpha),
