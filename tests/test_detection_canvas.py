@@ -1,7 +1,9 @@
 """Canvases: what a detector says about an image is its own affair, whatever else is in the batch or in the padding."""
 
+import copy
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from vkd_cache.detection.canvas import (
     PATCHES,
     CanvasBatch,
     DetectorOutput,
+    compile_by_canvas,
     normalise_canvas,
     padding_mask,
     run_by_canvas,
@@ -88,6 +91,32 @@ def test_a_canvas_of_ones_own_matters() -> None:
             net(), CanvasBatch(images=wider, view_size=batch.view_size, canvas=np.array([[128, 256]], np.int64))
         )
     assert (other.nodes["patch_1"] - run((0,)).nodes["patch_1"]).abs().max() > 1e-2
+
+
+@pytest.mark.filterwarnings("default")  # of the compiler's own modules
+def test_compiled_each_canvas_is_a_graph_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none of symbolic sizes, whose tracing takes many minutes."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 8)  # put back, whatever is set
+    images = [0, 2, 4]
+    compiled, sizes = copy.deepcopy(net()), []
+    compile_method = compiled.compile
+    monkeypatch.setattr(compiled, "compile", lambda **how: compile_method(backend=graphs, fullgraph=True, **how))
+
+    def graphs(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        sizes.append([value for value in inputs if not isinstance(value, Tensor)])
+        return graph.forward
+
+    counters.clear()
+    compile_by_canvas(compiled)
+    with torch.no_grad():
+        found = run_by_canvas(compiled, normalise_canvas(batch_of(images), MEAN, STD))
+        run_by_canvas(compiled, normalise_canvas(batch_of(images), MEAN, STD))
+    assert sizes == [[], []] and not counters["graph_break"]
+    for i in range(len(images)):
+        assert_same_image(found, i, run(tuple(images)), i)
 
 
 def test_padding_is_zero_after_normalisation_whatever_it_was() -> None:

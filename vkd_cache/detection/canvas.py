@@ -9,11 +9,12 @@ Shape legend: b images, H/W pixels, L+1 layers, Q queries, K classes, D width, T
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vkd_cache.detection.matcher import to_device
 from vkd_cache.detection.vidt import ViDT, ViDTOutput, valid_grids
@@ -24,6 +25,8 @@ PATCHES = ("patch_1", "patch_2", "patch_3", "patch_4")
 NODES = (*PATCHES, "body_det", "neck_det")
 
 Sizes = npt.NDArray[np.int64]
+
+_COMPILED_SHAPES = 64  # of a process; torch runs what comes after them uncompiled
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +108,19 @@ def run_by_canvas(net: ViDT, batch: CanvasBatch) -> DetectorOutput:
         for rows, (height, width) in zip(members, canvases, strict=True)
     ]
     return parts[0] if len(parts) == 1 else _in_order(parts, members)
+
+
+def compile_by_canvas(net: nn.Module) -> None:
+    """Let `run_by_canvas` run the detector `net` compiled, each canvas and number of images when it first comes.
+
+    Not with symbolic sizes, as torch would from the second canvas on: the sizes of windows, of four levels and of
+    their padding are expressions of them, and the tracing alone takes many minutes.
+    """
+    from torch._dynamo import config  # takes seconds to import
+
+    limits: Any = config
+    limits.cache_size_limit = max(limits.cache_size_limit, _COMPILED_SHAPES)
+    net.compile(dynamic=False)
 
 
 def teacher_tokens(output: DetectorOutput, names: Sequence[str]) -> dict[str, Tokens]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vkd_cache.config import Config
-from vkd_cache.detection.canvas import CanvasBatch, DetectorOutput
+from vkd_cache.detection.canvas import CanvasBatch, DetectorOutput, compile_by_canvas
 from vkd_cache.detection.criterion import BoxTargets, DetectionCriterion
 from vkd_cache.detection.distillation import detection_feature_loss
 from vkd_cache.errors import ConfigError
@@ -71,7 +71,7 @@ class DetectionTask:
 
     def compiled(self, student: nn.Module) -> nn.Module:
         """The detector alone: how many canvases a batch has differs from batch to batch."""
-        student.get_submodule("net").compile()
+        compile_by_canvas(student.get_submodule("net"))
         return student
 
     def images(self, batch: FedBatch, pixels: Tensor) -> CanvasBatch:

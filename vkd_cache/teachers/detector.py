@@ -20,6 +20,7 @@ from vkd_cache.detection.canvas import (
     NODES,
     CanvasBatch,
     DetectorOutput,
+    compile_by_canvas,
     normalise_canvas,
     run_by_canvas,
     teacher_tokens,
@@ -85,8 +86,9 @@ class DetectionTeacher(nn.Module):
         return self
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the network alone: what is around it sorts images by canvas on the host."""
-        self.net.compile(*args, **kwargs)
+        """Compile the network alone: what is around it sorts images by canvas on the host. Takes no arguments."""
+        del args, kwargs
+        compile_by_canvas(self.net)
 
     @torch.no_grad()
     def forward(self, batch: CanvasBatch) -> dict[str, Tokens]:
