@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from vkd_cache.config import ViewsConfig
 from vkd_cache.errors import CacheFormatError, ConfigError
+from vkd_cache.views.plan import plan_view
 from vkd_cache.views.recipe import RECIPES, Recipe, make_recipe
 
 shares = st.floats(0.0, 1.0)
@@ -69,6 +70,16 @@ def test_a_section_overrides_size_and_mixing() -> None:
     assert not dataclasses.replace(recipe, cutmix_alpha=0.0).mixes
     assert not make_recipe(ViewsConfig(recipe="none")).mixes
     assert make_recipe(ViewsConfig(recipe="none", mix_probability=1.0)).mixes
+
+
+@pytest.mark.parametrize("name", ["vkd", "randaugment", "crop_flip", "none", "vidt"])
+def test_a_section_decides_on_mirroring(name: str) -> None:
+    """Never, always, or or as the recipe does."""
+    never, always, own = (make_recipe(ViewsConfig(recipe=name, flip_probability=p)) for p in (0.0, 1.0, None))
+    assert own.flip_probability == RECIPES[name].flip_probability
+    for view in range(20):
+        flips = [plan_view(recipe, 3, "key", view, width_px=640, height_px=480).flip for recipe in (never, always)]
+        assert flips == [False, True]
 
 
 def test_an_unknown_preset_is_named_with_the_known_ones() -> None:
