@@ -1,6 +1,7 @@
 """The command line from outside: help at once, one message for a mistake, an exit code that says which kind."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -149,6 +150,21 @@ def test_success_and_partial_failure_pass_through() -> None:
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         guarded(lambda: 1 // 0)
+
+
+def test_compiling_without_a_compiler_is_a_message() -> None:
+    program = (
+        "import sys, torch; from vkd_cache.cli import guarded\n"
+        "twice = torch.compile(lambda values: (values + 1) * 2)\n"
+        "sys.exit(guarded(lambda: int(twice(torch.ones(8))[0])))"
+    )
+    nowhere = {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | nowhere, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("Error: compile = true: torch.compile found no working compiler")
+    assert "Traceback" not in done.stderr
 
 
 def test_too_little_memory_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,8 @@ import click
 from vkd_cache import console
 from vkd_cache.errors import ConfigError, VkdCacheError
 
+_COMPILER_LACKS = ("InvalidCxxCompiler", "TritonMissing")  # torch's own errors come wrapped, with these in their text
+
 
 def guarded(command: Callable[[], int | None]) -> int:
     """The exit code of `command`; what a user can cause becomes one message, a bug of ours keeps its traceback."""
@@ -37,6 +39,12 @@ def guarded(command: Callable[[], int | None]) -> int:
             advice = ", where a folder is needed. Give another path." if in_the_way else ""
             return _fail(f"{where}{error.strerror or str(error) or type(error).__name__}{advice}", 1)
         except (MemoryError, RuntimeError) as error:
+            if any(name in str(error) for name in _COMPILER_LACKS):
+                return _fail(
+                    "compile = true: torch.compile found no working compiler (C++ on a CPU, Triton on a GPU). Install "
+                    "one, or set compile = false in [train] and [extract].",
+                    1,
+                )
             if not _is_out_of_memory(error):
                 raise
             return _fail(f"out of memory: {error or 'no more can be had'} Use a smaller --batch-size.", 1)
