@@ -347,8 +347,10 @@ def check_same_source(cache: Cache, source: Source) -> None:
         else:
             found = f"{value!r} here, {stored!r} there"
         raise CacheMismatchError(
-            f"{cache.url}: was made from another data set than {source.location}: {name}: {found}. Use the source "
-            "that the cache was extracted from, or extract a new cache."
+            f"{cache.url}: was made from another data set than {source.location}: {name}: {found}. "
+            f"{'Keys, image sizes, boxes and categories count. ' if is_detection(source) else ''}Use the "
+            f"{'images and annotation file' if is_detection(source) else 'source'} that the cache was extracted from, "
+            "or extract a new cache."
         )
 
 
