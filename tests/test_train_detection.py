@@ -417,6 +417,6 @@ def test_what_a_detection_run_cannot_begin_with(
     document["annotations"][0]["bbox"][2] += 1
     path.write_text(json.dumps(document))
     refused(
-        "was made from another data set.*boxes and categories count.*annotation file that the cache", CacheMismatchError,
+        "was made from another data set.*boxes and categories count.*annotation file", CacheMismatchError,
         source={"train": str(other), "shard_size": 8}, cache={"url": str(whole_cache)},
     )  # fmt: skip
