@@ -22,7 +22,7 @@ from vkd_cache.runtime import JobSplit
 from vkd_cache.stages.extract import extract
 
 MakeConfig = Callable[..., Config]
-PATIENCE_S = 60.0
+PATIENCE_S = 240.0  # of a busy machine; an idle one needs seconds
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["vkd_cache.stages.extract"])
 
