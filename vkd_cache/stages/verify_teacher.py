@@ -37,6 +37,9 @@ from vkd_cache.views.recipe import Recipe
 _NOISE = {"off": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 _NOISE_TF32 = 1e-2
 _NOISE_OTHER_DEVICE = 1e-3
+# GroupNorm divides by the spread of a group: on a small map (3 x 3 positions, 2 channels a group) a nearly constant
+# group multiplies the noise of its input; 6e-4 was measured between batch sizes.
+_NOISE_DETECTOR = 2e-3
 
 Slot = tuple[int, ...]  # places in the unit that belong together: a mixed pair, or one row
 
@@ -198,7 +201,8 @@ def _compare(
         place = part.place[asked]
         for name, values in outputs.items():
             if isinstance(values, Tokens):
-                gap = tokens_gap(on_host(values.select(start + asked)), part.unit, name, place, noise)
+                image = on_host(values.select(start + asked))
+                gap = tokens_gap(image, part.unit, name, place, max(noise, _NOISE_DETECTOR))
             else:
                 gap = _dense_gap(values.cpu()[torch.from_numpy(start + asked)], part.unit, name, place, noise)
             _note(cache, name, (part.unit, place), gap, level)
