@@ -26,7 +26,7 @@ from vkd_cache.cache.writer import CacheWriter, create_cache
 from vkd_cache.errors import ConfigError
 from vkd_cache.runtime import library_versions
 from vkd_cache.sources import Source, source_identity
-from vkd_cache.stages.rendering import Renderer, render_loader
+from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, render_loader
 from vkd_cache.stages.units import UnitAssembly, unit_tasks
 from vkd_cache.views.mixing import plan_mixing
 from vkd_cache.views.params import params_to_columns
@@ -187,3 +187,15 @@ def random_weights(name: str, path: Path, *, seed: int, num_classes: int = 1000)
         model = timm.create_model(name, num_classes=num_classes)
     safetensors.torch.save_file(model.state_dict(), path)
     return str(path)
+
+
+class BlankRenderer(Renderer):
+    """Renders nothing: what is left of a feed is order and mixing, and with a cache reading, decoding and joining."""
+
+    def __getitem__(self, task: RenderTask) -> RenderedBatch:
+        count = len(task.row)
+        return RenderedBatch(
+            tag=task.tag, shard=task.shard, row=task.row, view=task.view, pixels=torch.empty(0),
+            label=torch.zeros(count, dtype=torch.int64), ok=np.ones(count, np.bool_), broken=[], mix=task.mix,
+            columns={},
+        )  # fmt: skip

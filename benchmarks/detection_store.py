@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+import data
 import detection_data
-import numpy as np
 import torch
 from harness import Report, Stopwatch, Target, interleave, require
 
@@ -24,7 +24,7 @@ from vkd_cache.detection.canvas import NODES, PATCHES
 from vkd_cache.detection.vidt import ViDTConfig, body_config
 from vkd_cache.sources import CocoSource, open_source
 from vkd_cache.stages.feed import Feed, Schedule
-from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, render_loader
+from vkd_cache.stages.rendering import RenderedBatch, Renderer, render_loader
 from vkd_cache.stages.unit_views import CachedViews
 from vkd_cache.stages.units import UnitAssembly, unit_tasks
 from vkd_cache.tokens import Tokens
@@ -136,24 +136,12 @@ class Stores:
         views = CachedViews(self._caches[choice], source, [0])
         schedule = Schedule(epochs=options.epochs, batch_size=options.batch_size, seed=options.seed, open_shards=2)
         count = 0
-        blank = BlankRenderer(source, self.units.recipe, 0)
+        blank = data.BlankRenderer(source, self.units.recipe, 0)
         with Feed(blank, views, schedule, choice.nodes) as feed, Stopwatch() as watch:
             for batch in feed.batches(epoch=0, step=0, workers=0):
                 require(set(batch.nodes) == set(choice.nodes), "store: a batch came without its tokens")
                 count += len(batch)
         return count / watch.wall_s
-
-
-class BlankRenderer(Renderer):
-    """Renders nothing: what is left of a feed is order, stored params, reading and joining."""
-
-    def __getitem__(self, task: RenderTask) -> RenderedBatch:
-        count = len(task.row)
-        return RenderedBatch(
-            tag=task.tag, shard=task.shard, row=task.row, view=task.view, pixels=torch.empty(0),
-            label=torch.zeros(count, dtype=torch.int64), ok=np.ones(count, np.bool_), broken=[], mix=task.mix,
-            columns={},
-        )  # fmt: skip
 
 
 def whole_views(side_px: int, canvas_multiple_px: int) -> ViewsConfig:

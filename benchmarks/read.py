@@ -26,7 +26,7 @@ from vkd_cache.cli import guarded
 from vkd_cache.config import ViewsConfig
 from vkd_cache.sources import Source, open_source
 from vkd_cache.stages.feed import FedBatch, Feed, Schedule
-from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask
+from vkd_cache.stages.rendering import Renderer, RenderTask
 from vkd_cache.stages.transfer import mixed_images
 from vkd_cache.stages.unit_views import CachedViews, PlannedViews, Views
 from vkd_cache.views.blend import normalise
@@ -69,25 +69,13 @@ def main() -> int:
     return 0
 
 
-class BlankRenderer(Renderer):
-    """Renders nothing: what is left of a feed is order and mixing, and with a cache reading, decoding and joining."""
-
-    def __getitem__(self, task: RenderTask) -> RenderedBatch:
-        count = len(task.row)
-        return RenderedBatch(
-            tag=task.tag, shard=task.shard, row=task.row, view=task.view, pixels=torch.empty(0),
-            label=torch.zeros(count, dtype=torch.int64), ok=np.ones(count, np.bool_), broken=[], mix=task.mix,
-            columns={},
-        )  # fmt: skip
-
-
 class Feeds:
     """The feed in its variants, over the same views in the same order."""
 
     def __init__(self, options: argparse.Namespace, source: Source, cache: Cache) -> None:
         recipe = Recipe.from_json(cache.manifest.recipe)
         self._renderer = Renderer(source, recipe, cache.manifest.seed)
-        self._blank = BlankRenderer(source, recipe, cache.manifest.seed)
+        self._blank = data.BlankRenderer(source, recipe, cache.manifest.seed)
         self._cached: Views = CachedViews(cache, source, [0])
         self._planned: Views = PlannedViews(source, recipe, cache.manifest.seed, [0])
         self._workers = options.workers

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from vkd_cache.cache.codecs import Array
 from vkd_cache.cache.schema import Manifest, NodeSpec
-from vkd_cache.cache.units import keys_to_columns
+from vkd_cache.cache.units import keys_to_columns, pack_unit, unpack_unit
 from vkd_cache.tokens import Tokens
 
 NUM_SHARDS = 3
@@ -120,3 +121,15 @@ def make_detection_columns(num_rows: int, *, seed: int = 0) -> dict[str, np.ndar
         "mix_lambda": np.ones(num_rows, np.float32),
         "mix_box": np.zeros((num_rows, 4), np.uint16),
     }
+
+
+def packs_exactly(columns: dict[str, Array], manifest: Manifest) -> dict[str, Array]:
+    """What comes out of a packed unit, once it is what went in and the bytes do not depend on the columns' order."""
+    data = pack_unit(columns, manifest)
+    assert data == pack_unit(dict(reversed(columns.items())), manifest)
+    found = unpack_unit(data, manifest)
+    assert found.keys() == columns.keys()
+    for name, column in columns.items():
+        assert found[name].dtype == column.dtype
+        np.testing.assert_array_equal(found[name], column)
+    return found
