@@ -83,8 +83,8 @@ class Tokens:
         chosen = np.asarray(images, np.int64)
         kept = self.kept[chosen]
         rows = np.repeat(self.offsets[chosen] - (np.cumsum(kept) - kept), kept) + np.arange(kept.sum())
-        picked = _rows_on(self.values.device, rows)
-        which = _rows_on(self.values.device, chosen)
+        picked = to_device(torch.from_numpy(rows), self.values.device)
+        which = to_device(torch.from_numpy(chosen), self.values.device)
         return Tokens(
             values=self.values[picked],
             scale=None if self.scale is None else self.scale[picked],
@@ -103,15 +103,18 @@ class Tokens:
             kept: (b,) how many of them belong to each image.
         """
         sample = dataclasses.replace(self, offsets=_ends(kept), index=index)
-        rows = _rows_on(self.values.device, sample.places())
+        rows = to_device(torch.from_numpy(sample.places()), self.values.device)
         scale = None if self.scale is None else self.scale[rows]
         return dataclasses.replace(sample, values=self.values[rows], scale=scale)
 
 
-def _rows_on(device: torch.device, rows: npt.NDArray[np.int64]) -> Tensor:
-    """Row numbers on `device`, through pinned memory, so that the host does not wait for a GPU."""
-    found = torch.from_numpy(rows)
-    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`, from the host through pinned memory, so that the host does not wait for the GPU."""
+    if values.device == device:
+        return values
+    if device.type == "cuda" and values.is_cpu:
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def tokens_from_maps(maps: Tensor, grid: npt.NDArray[np.int64]) -> Tokens:

@@ -16,10 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from vkd_cache.detection.matcher import to_device
 from vkd_cache.detection.vidt import ViDT, ViDTOutput, valid_grids
 from vkd_cache.errors import ConfigError
-from vkd_cache.tokens import Tokens, tokens_from_rows
+from vkd_cache.tokens import Tokens, to_device, tokens_from_rows
 
 PATCHES = ("patch_1", "patch_2", "patch_3", "patch_4")
 NODES = (*PATCHES, "body_det", "neck_det")

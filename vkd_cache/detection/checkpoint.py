@@ -4,7 +4,7 @@ A newcomer's trap: box heads have two names each, one of them inside the decoder
 as safetensors, come with one of the two; files with both must agree.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,12 @@ _PROJECTORS = (
 )
 _TWIN = "transformer.decoder.bbox_embed."
 _INDEX = ".relative_position_index"  # numbers that follow from the window alone
-_CLASS_HEAD, _DET, _PATCHES = "class_embed.0.weight", "backbone.det_token", "backbone.patch_embed.proj.weight"
+CLASS_HEAD, _DET, _PATCHES = "class_embed.0.weight", "backbone.det_token", "backbone.patch_embed.proj.weight"
+_HEADS = {  # options, and how the names of their weights begin
+    "cross_scale_fusion": "fusion.",
+    "iou_aware": "iou_embed.",
+    "token_label": "transformer.token_embed.",
+}
 
 
 def load_vidt_weights(model: ViDT, state: Mapping[str, Any], *, where: str) -> tuple[str, ...]:
@@ -71,7 +76,7 @@ def vidt_weights(state: Mapping[str, Any], *, where: str) -> dict[str, Tensor]:
     named = bare_tensors(weights, where, CheckpointError)
     if any(name.startswith(_NET) for name in named):
         named = {name.removeprefix(_NET): value for name, value in named.items()}
-    absent = [name for name in (_PATCHES, _DET, _CLASS_HEAD) if name not in named or named[name].ndim < 2]
+    absent = [name for name in (_PATCHES, _DET, CLASS_HEAD) if name not in named or named[name].ndim < 2]
     if absent:
         raise CheckpointError(
             f"{where}: holds no ViDT ({absent[0]} is missing; found {', '.join(list(named)[:3]) or 'nothing'}), "
@@ -86,7 +91,13 @@ def vidt_classes(state: Mapping[str, Any], *, where: str) -> int:
     Raises:
         CheckpointError: no weights in it, or not those of a ViDT.
     """
-    return len(vidt_weights(state, where=where)[_CLASS_HEAD])
+    return len(vidt_weights(state, where=where)[CLASS_HEAD])
+
+
+def vidt_heads(names: Iterable[str]) -> dict[str, bool]:
+    """The optional parts that a ViDT file has weights for, as options of `create_vidt`, from the weights' names."""
+    found = list(names)
+    return {option: any(name.startswith(prefix) for name in found) for option, prefix in _HEADS.items()}
 
 
 def _refuse_another(found: Mapping[str, Tensor], model: ViDT, where: str) -> None:
@@ -101,10 +112,10 @@ def _refuse_another(found: Mapping[str, Tensor], model: ViDT, where: str) -> Non
         )
     layers = {name.split(".")[1] for name in found if name.startswith("class_embed.")}
     numbers = {
-        "classes": (len(found[_CLASS_HEAD]), config.num_classes),
+        "classes": (len(found[CLASS_HEAD]), config.num_classes),
         "[DET] tokens": (found[_DET].shape[1], config.num_queries),
         "decoder layers": (len(layers) - 1, config.num_layers),
-        "channels in the neck": (found[_CLASS_HEAD].shape[1], config.width),
+        "channels in the neck": (found[CLASS_HEAD].shape[1], config.width),
     }
     heads = {
         "cross-scale fusion": ("fusion.", config.cross_scale_fusion),

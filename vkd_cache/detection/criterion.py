@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 from vkd_cache.detection.boxes import box_iou, generalised_box_iou, xyxy_from_cxcywh
 from vkd_cache.detection.focal import focal_losses
-from vkd_cache.detection.matcher import BoxTargets, match_layers, padded_targets, to_device
+from vkd_cache.detection.matcher import BoxTargets, match_layers, padded_targets
 from vkd_cache.detection.moments import num_processes, sum_over_processes
 from vkd_cache.detection.token_labels import token_label_losses
 from vkd_cache.errors import ConfigError
+from vkd_cache.tokens import to_device
 
 if TYPE_CHECKING:
     from vkd_cache.detection.canvas import DetectorOutput

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vkd_cache.detection.matcher import to_device
 from vkd_cache.detection.moments import Moments, joint_moments, num_processes, stored_moments, token_moments
 from vkd_cache.errors import ConfigError
 from vkd_cache.losses import token_distance
 from vkd_cache.normalisation import full_precision
 from vkd_cache.projector import OrthogonalProjector
-from vkd_cache.tokens import Tokens
+from vkd_cache.tokens import Tokens, to_device
 
 STANDARDISE_EPS = 1e-5
 _CONSTANT = 1e-3  # a teacher's channel whose deviation is a smaller share of its size is half precision's noise

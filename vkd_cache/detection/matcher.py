@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vkd_cache.detection.boxes import generalised_box_iou, xyxy_from_cxcywh
 from vkd_cache.detection.focal import focal_costs
+from vkd_cache.tokens import to_device
 
 CLASS_COST, BOX_COST, GIOU_COST = 2.0, 5.0, 2.0
 _HOPELESS = 1e6  # what a cost that is not a number counts, so that the loss, not the matcher, shows that a run diverged
@@ -84,15 +85,6 @@ def pair_costs(logits: Tensor, boxes: Tensor, target_labels: Tensor, target_boxe
         overlap = generalised_box_iou(xyxy_from_cxcywh(predicted), xyxy_from_cxcywh(wanted))
         cost = BOX_COST * distance + CLASS_COST * class_cost - GIOU_COST * overlap
         return cost.nan_to_num(_HOPELESS, _HOPELESS, _HOPELESS)
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """`values` on `device`, from the host through pinned memory, so that the host does not wait for the GPU."""
-    if values.device == device:
-        return values
-    if device.type == "cuda" and values.is_cpu:
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
 
 
 def _assign(cost: np.ndarray) -> Match:

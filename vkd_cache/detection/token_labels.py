@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vkd_cache.detection.focal import focal_losses
-from vkd_cache.detection.matcher import BoxTargets, to_device
+from vkd_cache.detection.matcher import BoxTargets
+from vkd_cache.tokens import to_device
 
 _SUBPIXELS = 4  # each token is looked at in 4 x 4 places: 2 px apart at stride 8
 

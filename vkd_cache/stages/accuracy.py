@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from vkd_cache.metrics import TopK, top_k
 from vkd_cache.runtime import JobSplit
 from vkd_cache.sources import Source
 from vkd_cache.stages.ranks import summed
-from vkd_cache.stages.rendering import Renderer, RenderTask, render_loader
+from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, render_loader
 from vkd_cache.stages.transfer import ahead_on_device, mixed_images
 from vkd_cache.students import Student
 from vkd_cache.views.blend import normalise
@@ -34,6 +34,8 @@ from vkd_cache.views.recipe import RECIPES, Recipe
 
 BATCH_SIZE = 128  # where the configuration leaves it to us
 _SHOWN_BROKEN = 3
+
+Broken = tuple[str, str]  # key, reason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,15 +108,11 @@ def accuracy_of(
         for start in range(0, len(row), size)
     ]
     workers = min(config.eval.workers, len(tasks))
-    counted, broken = TopK(), []
+    counted = TopK()
+    broken: list[Broken] = []
     loader = render_loader(renderer, tasks, workers=workers, pin_memory=device.type == "cuda")
     with evaluating(model), console.track(f"evaluate {name}", len(row)) as progress:
-        for batch, pixels in ahead_on_device(loader, device):
-            if between is not None:
-                between()
-            if batch.error is not None:
-                raise batch.error
-            broken += [(source.shards[batch.shard[at]].keys[batch.row[at]], reason) for at, reason in batch.broken]
+        for batch, pixels in batches_to_evaluate(loader, source, device, broken, between):
             decoded = torch.from_numpy(batch.ok)
             if bool(decoded.any()):
                 images = mixed_images(pixels, None)[decoded.to(device)]
@@ -169,7 +167,27 @@ def summed_counts(counted: TopK, num_broken: int, split: JobSplit, device: torch
     return TopK.from_tensor(sums[:-1]), int(sums[-1])
 
 
-def warn_of_broken(source: Source, broken: Sequence[tuple[str, str]], what_happens: str) -> None:
+def batches_to_evaluate(
+    loader: Iterable[RenderedBatch],
+    source: Source,
+    device: torch.device,
+    broken: list[Broken],
+    between: Callable[[], None] | None,
+) -> Iterator[tuple[RenderedBatch, Tensor]]:
+    """Each batch of `loader` with its pixels on `device`; its broken images are added to `broken`.
+
+    `between` is called before each batch; what it raises, and what stopped a batch, ends the evaluation.
+    """
+    for batch, pixels in ahead_on_device(loader, device):
+        if between is not None:
+            between()
+        if batch.error is not None:
+            raise batch.error
+        broken += [(source.shards[batch.shard[at]].keys[batch.row[at]], reason) for at, reason in batch.broken]
+        yield batch, pixels
+
+
+def warn_of_broken(source: Source, broken: Sequence[Broken], what_happens: str) -> None:
     """Say which images, as (key, reason), could not be decoded, and what becomes of them; nothing if there are none."""
     if broken:
         shown = "; ".join(f"{key} ({reason})" for key, reason in broken[:_SHOWN_BROKEN])

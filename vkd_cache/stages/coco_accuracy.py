@@ -24,17 +24,16 @@ from vkd_cache.detection.postprocess import detections, to_coco
 from vkd_cache.errors import CheckpointError, ConfigError, SourceError
 from vkd_cache.runtime import JobSplit
 from vkd_cache.sources.coco import CocoSource
-from vkd_cache.stages.accuracy import evaluating, warn_of_broken
+from vkd_cache.stages.accuracy import Broken, batches_to_evaluate, evaluating, warn_of_broken
 from vkd_cache.stages.coco_scores import METRICS, DetectionResult, Found, coco_scores
 from vkd_cache.stages.ranks import broadcast_first, summed
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, render_loader
-from vkd_cache.stages.transfer import ahead_on_device, canvas_batch
+from vkd_cache.stages.transfer import canvas_batch
 from vkd_cache.views.plan import plan_canvas
 from vkd_cache.views.recipe import Recipe, detection_eval_recipe
 
 BATCH_SIZE = 8  # where the configuration leaves it to us: images of 800 x 1333 px
 
-Broken = tuple[str, str]  # key, reason
 _SHOWN = 3
 
 
@@ -95,12 +94,7 @@ def ap_of(
     broken: list[Broken] = []
     loader = render_loader(renderer, tasks, workers=workers, pin_memory=device.type == "cuda")
     with evaluating(model), console.track(f"evaluate {name}", sum(len(task.row) for task in tasks)) as progress:
-        for batch, pixels in ahead_on_device(loader, device):
-            if between is not None:
-                between()
-            if batch.error is not None:
-                raise batch.error
-            broken += [(source.shards[batch.shard[at]].keys[batch.row[at]], reason) for at, reason in batch.broken]
+        for batch, pixels in batches_to_evaluate(loader, source, device, broken, between):
             found += _detect(model, source, batch, pixels, name, aloud=split.index == 0 and not found)
             progress.advance(len(batch.row))
     warn_of_broken(source, broken, "count as images in which nothing was found")

@@ -120,6 +120,16 @@ class CachedTeacher:
         return TeacherOutput(features if self._features_used else None, logits)
 
 
+def check_teacher_named(config: Config) -> None:
+    """Refuse to run a live teacher that nothing names.
+
+    Raises:
+        ConfigError: [teacher] name is empty.
+    """
+    if not config.teacher.name:
+        raise ConfigError("[teacher] name is empty: --live-teacher needs --teacher, or a pipeline file with one.")
+
+
 class LiveTeacher:
     """The teacher in memory, run on the very images the student sees."""
 
@@ -127,8 +137,7 @@ class LiveTeacher:
     distilled: tuple[str, ...] = ()
 
     def __init__(self, config: Config, num_classes: int, view_px: int, device: torch.device) -> None:
-        if not config.teacher.name:
-            raise ConfigError("[teacher] name is empty: --live-teacher needs --teacher, or a pipeline file with one.")
+        check_teacher_named(config)
         from vkd_cache.stages.teaching import start_teacher
         from vkd_cache.teachers import load_classifier
 

@@ -18,11 +18,10 @@ import torch
 
 from vkd_cache.config import ExtractConfig
 from vkd_cache.detection.canvas import CanvasBatch
-from vkd_cache.detection.matcher import to_device
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, render_loader
 from vkd_cache.stages.transfer import ahead_on_device
 from vkd_cache.teachers import DetectionTeacher, Teacher
-from vkd_cache.tokens import Tokens, join_tokens
+from vkd_cache.tokens import Tokens, join_tokens, to_device
 
 AUTOCAST_DTYPES = {"off": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -15,9 +15,9 @@ import torch
 from vkd_cache.cache.reader import Cache
 from vkd_cache.config import Config
 from vkd_cache.detection.canvas import NODES, CanvasBatch
-from vkd_cache.errors import CacheMismatchError, ConfigError
+from vkd_cache.errors import CacheMismatchError
 from vkd_cache.stages.feed import FedBatch
-from vkd_cache.stages.supply import TeacherOutput
+from vkd_cache.stages.supply import TeacherOutput, check_teacher_named
 from vkd_cache.tokens import Tokens
 
 
@@ -53,8 +53,7 @@ class LiveTokens:
 
     def __init__(self, config: Config, distilled: Sequence[str], num_classes: int, device: torch.device) -> None:
         """`distilled`: the nodes to compare; none: those of [cache] nodes, or all six."""
-        if not config.teacher.name:
-            raise ConfigError("[teacher] name is empty: --live-teacher needs --teacher, or a pipeline file with one.")
+        check_teacher_named(config)
         from vkd_cache.stages.teaching import start_teacher
         from vkd_cache.teachers import load_detector
 

@@ -14,7 +14,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from vkd_cache.detection.canvas import CanvasBatch, DetectorOutput, normalise_canvas, run_by_canvas
-from vkd_cache.detection.checkpoint import load_vidt_weights, vidt_classes, vidt_weights
+from vkd_cache.detection.checkpoint import CLASS_HEAD, load_vidt_weights, vidt_classes, vidt_heads, vidt_weights
 from vkd_cache.detection.distillation import TokenProjectors
 from vkd_cache.detection.pretrained import load_body_weights
 from vkd_cache.detection.vidt import VIDT_NAMES, ViDT, create_vidt
@@ -23,12 +23,6 @@ from vkd_cache.weights import innermost
 
 _BODY = "net.backbone."
 _BODY_TOKENS = ("det_token", "det_pos_embed")
-_CLASS_HEAD = "class_embed.0.weight"
-_HEADS = {  # options, and how the names of their weights begin
-    "cross_scale_fusion": "fusion.",
-    "iou_aware": "iou_embed.",
-    "token_label": "transformer.token_embed.",
-}
 
 
 class DetectionStudent(nn.Module):
@@ -124,7 +118,7 @@ def start_detector(student: DetectionStudent, weights: Mapping[str, Any], where:
     Raises:
         CheckpointError: they are of neither, or do not fit.
     """
-    if any(str(name).endswith(_CLASS_HEAD) for name in innermost(weights)):
+    if any(str(name).endswith(CLASS_HEAD) for name in innermost(weights)):
         load_vidt_weights(student.net, weights, where=where)
     else:
         load_body_weights(student.net, weights, where=where)
@@ -141,8 +135,7 @@ def saved_detector(name: str, weights: Mapping[str, Any], where: str) -> Detecti
     Raises:
         CheckpointError: no detector, or another one than `name`.
     """
-    found = vidt_weights(weights, where=where)
-    heads: Any = {option: any(entry.startswith(prefix) for entry in found) for option, prefix in _HEADS.items()}
+    heads: Any = vidt_heads(vidt_weights(weights, where=where))
     student = create_detector(name, vidt_classes(weights, where=where), **heads)
     load_vidt_weights(student.net, weights, where=where)
     return student

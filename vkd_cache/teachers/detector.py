@@ -6,7 +6,7 @@ plan says, never padded to a batch mate's, and tokens of the padding are left ou
 Shape legend: b images, D channels, Q det tokens, K classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -25,13 +25,11 @@ from vkd_cache.detection.canvas import (
     run_by_canvas,
     teacher_tokens,
 )
-from vkd_cache.detection.checkpoint import load_vidt_weights
+from vkd_cache.detection.checkpoint import CLASS_HEAD, load_vidt_weights, vidt_heads
 from vkd_cache.detection.vidt import VIDT_NAMES, ViDT, create_vidt, valid_grids
 from vkd_cache.errors import CheckpointError, TeacherError
 from vkd_cache.teachers.weights import read_weights, state_sha256
 from vkd_cache.tokens import Tokens
-
-_CLASSIFIER = "class_embed.0.weight"  # (K, D), of the prediction from the body's own det tokens
 
 
 class DetectionTeacher(nn.Module):
@@ -129,11 +127,11 @@ def load_detector(config: TeacherConfig, *, nodes: Sequence[str], num_classes: i
     """
     _check_request(config, nodes)
     state = read_weights(config.weights)
-    classifier = state.get(_CLASSIFIER)
+    classifier = state.get(CLASS_HEAD)
     found = num_classes if classifier is None else len(classifier)
     # building a network draws its initial weights: the generator of the caller must not notice
     with torch.random.fork_rng(devices=[]):
-        net = create_vidt(config.name, config.num_classes or found, **_heads(state))
+        net = create_vidt(config.name, config.num_classes or found, **vidt_heads(state))
     try:
         load_vidt_weights(net, state, where=config.weights)
     except CheckpointError as error:
@@ -164,12 +162,3 @@ def _check_request(config: TeacherConfig, nodes: Sequence[str]) -> None:
         raise TeacherError(
             f"nodes: found {list(nodes)}, expected some of {', '.join(NODES)}: those of the detector '{config.name}'."
         )
-
-
-def _heads(state: Mapping[str, Tensor]) -> dict[str, bool]:
-    """The optional parts that a file has weights for."""
-    return {
-        "cross_scale_fusion": any(name.startswith("fusion.") for name in state),
-        "iou_aware": any(name.startswith("iou_embed.") for name in state),
-        "token_label": any(name.startswith("transformer.token_embed.") for name in state),
-    }
