@@ -17,7 +17,7 @@ from harness import Report, Stopwatch, Target, interleave, require
 
 from vkd_cache.cache.reader import Cache
 from vkd_cache.cache.schema import NodeSpec
-from vkd_cache.cache.units import UnitId, record_path, unit_path
+from vkd_cache.cache.units import UnitId, record_path
 from vkd_cache.cache.writer import CacheWriter, create_cache
 from vkd_cache.config import ViewsConfig
 from vkd_cache.detection.canvas import NODES, PATCHES
@@ -98,8 +98,7 @@ class MadeUnits:
 
 def file_bytes(cache: Cache) -> int:
     """Bytes of the files of all units, and of their records."""
-    backend = cache.manifest.backend
-    paths = [path for unit in cache.units for path in (unit_path(unit, backend), record_path(unit))]
+    paths = [path for unit in cache.units for path in (cache.record(*unit).files[0][0], record_path(unit))]
     return sum((Path(cache.url) / path).stat().st_size for path in paths)
 
 

@@ -18,7 +18,7 @@ from harness import Report, Stopwatch, Target, interleave, parse, parser, requir
 
 from vkd_cache.cache.codecs import resolve_codec
 from vkd_cache.cache.schema import Manifest
-from vkd_cache.cache.units import UnitId, unit_path
+from vkd_cache.cache.units import UnitId
 from vkd_cache.cache.writer import create_cache
 from vkd_cache.cli import guarded
 from vkd_cache.config import Config, load_config
@@ -196,7 +196,7 @@ class UnitCost:
         self._backend = backend
         self._published = 0
         self.publish()
-        self.file = self._folder / unit_path(UnitId(0, 0), backend)
+        self.file = self._folder / self._writer.cache.record(0, 0).files[0][0]
 
     def publish(self) -> float:
         """Encode, pack, checksum, write, fsync, rename; then the same for the record."""

@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter
 from torchvision import transforms
 
 from vkd_cache.cache.reader import Cache
-from vkd_cache.cache.units import UnitId, record_path, unit_path
+from vkd_cache.cache.units import UnitId, record_path
 from vkd_cache.cli import guarded
 from vkd_cache.config import ViewsConfig
 from vkd_cache.sources import Source, open_source
@@ -247,8 +247,8 @@ def count_bytes(options: argparse.Namespace, folder: Path, report: Report) -> No
             url = folder / f"{backend}-{dtype}"
             form = data.Form(width=options.width, dtype=dtype, backend=backend)
             writer = data.unit_store(str(url), recipe, form, units=1, count=options.unit_samples)
-            writer.publish(0, 0, columns, {"pooled": values})
-            files = (url / unit_path(UnitId(0, 0), backend), url / record_path(UnitId(0, 0)))
+            record = writer.publish(0, 0, columns, {"pooled": values})
+            files = (url / record.files[0][0], url / record_path(UnitId(0, 0)))
             view_bytes = sum(file.stat().st_size for file in files) / options.unit_samples
             report.facts[f"bytes per view, {backend} {dtype}"] = view_bytes
             report.ratio_of(f"bytes per view, {backend} {dtype} / naive", [view_bytes / naive])

@@ -1,18 +1,38 @@
 """Small units and manifests, drawn from a seed, for the tests of the cache."""
 
+import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from vkd_cache.cache.codecs import Array
+from vkd_cache.cache.reader import open_cache
 from vkd_cache.cache.schema import Manifest, NodeSpec
-from vkd_cache.cache.units import keys_to_columns, pack_unit, unpack_unit
+from vkd_cache.cache.units import UnitId, keys_to_columns, pack_unit, record_path, unit_path, unpack_unit
 from vkd_cache.tokens import Tokens
 
 NUM_SHARDS = 3
 SHARD_COUNT = 7
+
+
+def unit_file(root: Path, shard: int, view: int = 0) -> Path:
+    """The file of a published unit."""
+    return root / open_cache(str(root)).record(shard, view).files[0][0]
+
+
+def replace_unit(root: Path, data: bytes, shard: int = 0, view: int = 0) -> None:
+    """Publish other bytes as a unit's file: with the record, name and checksum that belong to them."""
+    cache = open_cache(str(root))
+    digest = xxhash.xxh3_128_hexdigest(data)
+    path = unit_path(UnitId(shard, view), cache.manifest.backend, digest)
+    record = dataclasses.replace(cache.record(shard, view), files=((path, len(data), digest),))
+    unit_file(root, shard, view).unlink()
+    (root / path).write_bytes(data)
+    (root / record_path(UnitId(shard, view))).write_bytes(record.to_bytes())
 
 
 def make_manifest(**changes: Any) -> Manifest:

@@ -81,10 +81,10 @@ def test_a_crash_between_unit_and_record_publishes_nothing(tmp_path: Path) -> No
     with pytest.raises(OSError, match="records"):
         publish_units(root, "zarr", [(0, 0)])
     (root / "records").unlink()
-    assert (root / "units/view-0000/shard-000000.zip").is_file()
+    (left,) = root.glob("units/view-0000/shard-000000-*.zip")
     assert open_cache(str(root)).published() == {}
     assert list((root / TEMPORARY).iterdir()) == []
-    (root / "units/view-0000/shard-000000.zip").write_bytes(b"the first half of a un")
+    left.write_bytes(b"the first half of a un")
     publish_units(root, "zarr", [(0, 0)])
     assert tree(root) == tree(tmp_path / "whole")
 

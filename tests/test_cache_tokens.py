@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import xxhash
 import zarr
 from cache_samples import (
     make_columns,
@@ -23,6 +22,8 @@ from cache_samples import (
     make_token_node,
     make_tokens,
     packs_exactly,
+    replace_unit,
+    unit_file,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -449,7 +450,7 @@ def test_tokens_that_cannot_be_stored_are_refused(
     writer = create_cache(str(tmp_path), detection_manifest(nodes=(make_token_node("float16", tokens=share),)))
     with pytest.raises(CacheError, match=message) as caught:
         writer.publish(0, 0, make_detection_columns(7), {"patch_1": change(make_tokens(GRIDS, share=share))})
-    assert "units/view-0000/shard-000000.zip: " in str(caught.value)
+    assert "shard 0 of view 0: " in str(caught.value)
     assert writer.published(0) == frozenset()
 
 
@@ -477,15 +478,12 @@ def test_statistics_that_are_not_of_the_tokens_are_found(
 ) -> None:
     spec = make_token_node("token_int8")
     writer = create_cache(str(tmp_path), detection_manifest(nodes=(spec,)))
-    record = writer.publish(0, 0, make_detection_columns(7), {"patch_1": make_tokens(GRIDS)})
+    writer.publish(0, 0, make_detection_columns(7), {"patch_1": make_tokens(GRIDS)})
     assert not list(check_structure(writer.cache))
     columns = packed(make_tokens(GRIDS), spec)
     columns[NODE + suffix] = change(columns[NODE + suffix])
     data = pack_unit(columns, writer.manifest)
-    (tmp_path / record.files[0][0]).write_bytes(data)
-    files = ((record.files[0][0], len(data), xxhash.xxh3_128_hexdigest(data)),)
-    path = tmp_path / "records/view-0000/shard-000000.json"
-    path.write_bytes(dataclasses.replace(record, files=files).to_bytes())
+    replace_unit(tmp_path, data)
     findings = [finding.message for finding in check_structure(writer.cache)]
     assert len(findings) == 1
     assert re.search(message, findings[0])
@@ -508,8 +506,8 @@ def test_the_same_tokens_give_the_same_bytes_whatever_they_were_cut_from(tmp_pat
     parts = join_tokens([whole.select([row]) for row in range(7)])
     for name, tokens in (("a", whole), ("b", parts)):
         create_cache(str(tmp_path / name), manifest).publish(0, 0, make_detection_columns(7), {"patch_1": tokens})
-    one, other = ((tmp_path / name / "units/view-0000/shard-000000.zip").read_bytes() for name in "ab")
-    assert one == other
+    one, other = (unit_file(tmp_path / name, 0) for name in "ab")
+    assert (one.name, one.read_bytes()) == (other.name, other.read_bytes())
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -543,13 +541,13 @@ def test_the_page_reads_tokens_without_us(
 def rows_of(backend: str) -> list[tuple[dict[str, Any], int]]:
     """Every row of the unit as plain zarr or webdataset show it: its arrays, and which row of them it is."""
     if backend == "zarr":
-        with zarr.storage.ZipStore("my-cache/units/view-0000/shard-000000.zip", mode="r") as store:
+        with zarr.storage.ZipStore(unit_file(Path("my-cache"), 0), mode="r") as store:
             unit = {name: array[...] for name, array in zarr.open_group(store, mode="r").arrays()}
         return [(unit, row) for row in range(7)]
     import webdataset
 
     rows = []
-    for block in webdataset.WebDataset("my-cache/units/view-0000/shard-000000.tar", shardshuffle=False).decode():
+    for block in webdataset.WebDataset(str(unit_file(Path("my-cache"), 0)), shardshuffle=False).decode():
         unit = {name.removesuffix(".npy"): array for name, array in block.items()}
         rows += [(unit, row) for row in range(len(unit["row"]))]
     return rows

@@ -12,13 +12,14 @@ import extract_jobs
 import numpy as np
 import pytest
 import torch
+from cache_samples import unit_file
 from conftest import NUM_TRAIN, SHARD_SIZE
 from extract_jobs import contents
 from PIL import Image
 
 from vkd_cache.cache.reader import Cache, open_cache
 from vkd_cache.cache.schema import NodeSpec
-from vkd_cache.cache.units import UnitId, record_path, unit_path
+from vkd_cache.cache.units import UnitId, record_path
 from vkd_cache.cache.writer import create_cache
 from vkd_cache.config import Config
 from vkd_cache.errors import CacheError, CacheMismatchError, ConfigError, SourceError, TeacherError
@@ -187,9 +188,9 @@ def test_a_resumed_job_decodes_nothing_that_is_published(make: MakeConfig, tree:
     config = make(source={"train": str(tree)}, views={"count": "2"}, cache={"dtype": "auto"})
     run(config)
     before = contents(tmp_path / "cache")
+    unit_file(tmp_path / "cache", 3, 1).write_bytes(b"half a unit")
     for unit in (UnitId(3, 0), UnitId(3, 1)):
         (tmp_path / "cache" / record_path(unit)).unlink()
-    (tmp_path / "cache" / unit_path(UnitId(3, 1), "zarr")).write_bytes(b"half a unit")
     kept = {key: path_of(tree, key).read_bytes() for key in keys_of(config, 3)}
     ruin(tree)
     for key, data in kept.items():

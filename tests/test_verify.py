@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from cache_samples import unit_file
 from conftest import NUM_TRAIN
 from hypothesis import given, settings
 from PIL import Image
@@ -17,7 +18,7 @@ from PIL import Image
 from vkd_cache.cache.codecs import CODEC_ARRAYS, decode_node, encode_node, rounding_bound
 from vkd_cache.cache.reader import Unit, open_cache
 from vkd_cache.cache.schema import NodeSpec
-from vkd_cache.cache.units import UnitId, keys_to_columns, record_path, unit_path
+from vkd_cache.cache.units import UnitId, keys_to_columns, record_path
 from vkd_cache.cache.writer import CacheWriter
 from vkd_cache.cli import main
 from vkd_cache.config import Config
@@ -93,7 +94,7 @@ def test_a_sample_is_drawn_over_all_units(tiny_config: MakeConfig, cache: Path) 
 
 
 def test_a_flipped_byte_is_found_by_its_checksum(tiny_config: MakeConfig, cache: Path) -> None:
-    path = cache / unit_path(UnitId(1, 0), "zarr")
+    path = unit_file(cache, 1, 0)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -256,7 +257,7 @@ def test_the_command_says_it_with_its_exit_code(
     assert done.value.code == 0
     assert document["verdict"] == "sound"
     assert document["levels"]["pixels"]["checked"] == 8
-    (cache / unit_path(UnitId(0, 0), "zarr")).unlink()
+    unit_file(cache, 0, 0).unlink()
     with pytest.raises(SystemExit) as done:
         main(["verify", str(cache)])
     assert done.value.code == 3

@@ -4,6 +4,7 @@ A newcomer's trap: a unit file without a record and a leftover temporary file ar
 them, the next one overwrites or removes them, and no reader ever looks at them.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from vkd_cache.cache.reader import MANIFEST_PATH, Cache, Unit
 from vkd_cache.cache.schema import UnitRecord
 from vkd_cache.cache.storage import TEMPORARY
-from vkd_cache.cache.units import UnitId, is_detection, record_path, unit_of_record, unit_path
+from vkd_cache.cache.units import UnitId, is_detection, record_path, unit_of_record
 from vkd_cache.errors import CacheError
 
 
@@ -59,11 +60,18 @@ def check_layout(cache: Cache, dataset: Mapping[str, Any] | None = None) -> Iter
     except CacheError as error:
         yield Finding(where=str((cache.manifest.head or {})["file"]), message=str(error))
     abandoned = frozenset(cache.storage.abandoned())
-    published = {unit_path(unit, cache.manifest.backend) for unit in cache.units}
+    published = set(_unit_files(cache))
     for path in cache.storage.paths(""):
         finding = _stray(path, cache, published, abandoned)
         if finding is not None:
             yield finding
+
+
+def _unit_files(cache: Cache) -> Iterator[str]:
+    """Files of the units whose records can be read; what is wrong with the others, `check_unit` says."""
+    for unit in cache.units:
+        with contextlib.suppress(CacheError):
+            yield cache.record(*unit).files[0][0]
 
 
 def _stray(path: str, cache: Cache, published: set[str], abandoned: frozenset[str]) -> Finding | None:
@@ -77,7 +85,7 @@ def _stray(path: str, cache: Cache, published: set[str], abandoned: frozenset[st
             return None  # being written just now
         message = "leftover of a writer that died; the next extraction removes it."
     elif folder == "units":
-        message = "unit file without a record: not published, the next extraction overwrites it."
+        message = "unit file that no record names: not published, left by a writer that died or came second."
     else:
         message = "does not belong to a cache; it is ignored."
     return Finding(where=path, message=message, is_error=False)
@@ -88,7 +96,7 @@ def check_unit(cache: Cache, unit: UnitId) -> Iterator[Finding]:
     path = record_path(unit)
     try:
         record = cache.record(*unit)
-        path = unit_path(unit, cache.manifest.backend)
+        path = record.files[0][0]
         content = cache.read(*unit)
     except CacheError as error:
         yield Finding(where=path, message=str(error))
@@ -99,9 +107,6 @@ def check_unit(cache: Cache, unit: UnitId) -> Iterator[Finding]:
 
 
 def _record_problems(cache: Cache, record: UnitRecord) -> Iterator[str]:
-    expected = unit_path(UnitId(record.shard, record.view), cache.manifest.backend)
-    if [path for path, _, _ in record.files] != [expected]:
-        yield f"the record names {[path for path, _, _ in record.files]}, expected ['{expected}']."
     counts = cache.manifest.dataset["shard_counts"]
     if record.shard >= len(counts):
         yield f"found shard {record.shard}, the data set has {len(counts)} shards."

@@ -27,6 +27,7 @@ from vkd_cache.cache.units import (
     keys_from_columns,
     record_path,
     unit_of_record,
+    unit_path,
     unpack_unit,
 )
 from vkd_cache.errors import CacheFormatError, CacheMismatchError, CorruptCacheError, IncompleteCacheError
@@ -186,6 +187,7 @@ class Cache:
                 "to finish the cache."
             ) from error
         record = UnitRecord.from_bytes(data, where)
+        self._check_paths(record, where)
         if (record.shard, record.view) != (shard, view):
             raise CorruptCacheError(
                 f"{where}: found the record of shard {record.shard}, view {record.view}. Delete it and extract again."
@@ -196,6 +198,17 @@ class Cache:
                 f"{self.fingerprint[:16]}. Files of two caches were mixed: delete this one and extract again."
             )
         return record
+
+    def _check_paths(self, record: UnitRecord, where: str) -> None:
+        """Let a record name its own unit's file and nothing else in the file system."""
+        unit, backend = UnitId(record.shard, record.view), self.manifest.backend
+        expected = [unit_path(unit, backend, digest) for _, _, digest in record.files]
+        found = [path for path, _, _ in record.files]
+        if len(expected) != 1 or found != expected:
+            raise CacheFormatError(
+                f"{where}: files: found {found[:3]}, expected one file called {expected[:1]}. Delete it and extract "
+                "again."
+            )
 
     def read(self, unit: tuple[int, int] | int, view: int = 0, *, verify: bool = True) -> Unit:
         """One unit, whole.
@@ -229,8 +242,6 @@ class Cache:
         Raises:
             CorruptCacheError: the file is missing or not what was published.
         """
-        if len(record.files) != 1:
-            raise CacheFormatError(f"{self.url}: {record_path(UnitId(record.shard, record.view))}: expected one file.")
         path, size, digest = record.files[0]
         where = f"{self.url}/{path}"
         unit_record = record_path(UnitId(record.shard, record.view))

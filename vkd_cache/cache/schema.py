@@ -41,6 +41,7 @@ class NodeSpec:
         dtype: what the user asked for.
         codec: how it is stored; see `vkd_cache.cache.codecs`.
         tokens: share of each image's tokens that is stored, in (0, 1]; 1.0 for the other layouts.
+        passed: lossy codecs that the values went through before this one, in order, by conversion of a cache.
         measured: effect of the codec on the first unit, by name, where dtype was `auto`; not in the fingerprint.
     """
 
@@ -50,6 +51,7 @@ class NodeSpec:
     dtype: str
     codec: str
     tokens: float = 1.0
+    passed: tuple[str, ...] = ()
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -81,7 +83,11 @@ class NodeSpec:
             "codec": self.codec,
             "measured": dict(self.measured),
         }
-        return {**body, "tokens": float(self.tokens)} if self.layout == "tokens" else body
+        if self.layout == "tokens":
+            body["tokens"] = float(self.tokens)
+        if self.passed:
+            body["passed"] = list(self.passed)
+        return body
 
     @classmethod
     def from_json(cls, body: object, where: str, path: str = "node.") -> "NodeSpec":
@@ -112,8 +118,16 @@ class NodeSpec:
             dtype=fields.text("dtype", DTYPES),
             codec=codec,
             tokens=_checked_share(fields) if layout == "tokens" else 1.0,
+            passed=_checked_passed(fields),
             measured=measured,
         )
+
+
+def _checked_passed(fields: Fields) -> tuple[str, ...]:
+    passed = fields.entries("passed", 16) if "passed" in fields.body else []
+    if not all(codec in CODECS for codec in passed):
+        raise fields.refuse("passed", f"a list of {', '.join(CODECS)}")
+    return tuple(passed)
 
 
 def _checked_share(fields: Fields) -> float:
@@ -283,6 +297,7 @@ class UnitRecord:
         broken: (key, row in the source shard, reason) of each image that could not be decoded, in row order.
         files: (path from the cache's root, bytes, xxh3_128 hexadecimal) of every file of the unit.
         fingerprint: of the cache's manifest.
+        origin: what the unit was converted from, JSON values; None: the teacher made it.
     """
 
     shard: int
@@ -291,6 +306,7 @@ class UnitRecord:
     broken: tuple[tuple[str, int, str], ...]
     files: tuple[tuple[str, int, str], ...]
     fingerprint: str
+    origin: Mapping[str, Any] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -308,6 +324,7 @@ class UnitRecord:
                 "broken": [{"key": key, "row": row, "reason": reason} for key, row, reason in self.broken],
                 "files": [{"path": path, "bytes": size, "xxh3_128": digest} for path, size, digest in self.files],
                 "fingerprint": self.fingerprint,
+                **({"origin": dict(self.origin)} if self.origin is not None else {}),
             }
         )
 
@@ -329,11 +346,19 @@ class UnitRecord:
                 for index, entry in enumerate(fields.entries("broken"))
             ),
             files=tuple(
-                _entry(entry, where, f"files[{index}].", ("path", "bytes", "xxh3_128"))
+                _file_entry(entry, where, f"files[{index}].")
                 for index, entry in enumerate(fields.entries("files"))
             ),
             fingerprint=fields.text("fingerprint"),
+            origin=fields.object("origin") if "origin" in fields.body else None,
         )
+
+
+def _file_entry(body: Any, where: str, path: str) -> tuple[str, int, str]:
+    entry = _entry(body, where, path, ("path", "bytes", "xxh3_128"))
+    if not re.fullmatch(r"[0-9a-f]{32}", entry[2]):  # it becomes part of a path
+        raise Fields(body, where, path).refuse("xxh3_128", "32 hexadecimal digits")
+    return entry
 
 
 def _entry(body: Any, where: str, path: str, names: tuple[str, str, str]) -> tuple[str, int, str]:

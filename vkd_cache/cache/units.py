@@ -58,11 +58,21 @@ DETECTION_COLUMNS: dict[str, ColumnSpec] = {"view_size": ColumnSpec("<u2", (2,))
 
 _RECORD_PATH = re.compile(r"records/view-(\d{4,10})/shard-(\d{6,10})\.json")
 _SUFFIXES = {"zarr": ".zip", "webdataset": ".tar"}
+_UNIT_DIGITS = 16
 
 
-def unit_path(unit: UnitId, backend: str) -> str:
-    """Path of the unit's file from the cache's root."""
-    return f"units/view-{unit.view:04d}/shard-{unit.shard:06d}{_SUFFIXES[backend]}"
+def unit_path(unit: UnitId, backend: str, digest: str) -> str:
+    """Path of a unit's file from the cache's root.
+
+    Its content is in its name: two writers whose teachers differ in a bit never overwrite each other's file, and what
+    the name once meant it means for ever.
+
+    Args:
+        unit: which unit.
+        backend: `zarr` or `webdataset`.
+        digest: xxh3_128 of the file's bytes, hexadecimal.
+    """
+    return f"units/view-{unit.view:04d}/shard-{unit.shard:06d}-{digest[:_UNIT_DIGITS]}{_SUFFIXES[backend]}"
 
 
 def record_path(unit: UnitId) -> str:

@@ -1,7 +1,7 @@
 """Writing a cache: an exclusive start, then units that are published one by one in any order by any process.
 
-A newcomer's trap: two processes may publish the same unit at once. Both write the same bytes, so the last one to
-rename changes nothing.
+A newcomer's trap: two processes may publish the same unit at once. Files of units are named by their content, so the
+same bytes are the same file, and of two different ones the last record says which counts.
 """
 
 import contextlib
@@ -55,6 +55,7 @@ class CacheWriter:
         columns: Mapping[str, Array],
         nodes: Mapping[str, torch.Tensor | Tokens],
         broken: Sequence[tuple[str, int, str]] = (),
+        origin: Mapping[str, Any] | None = None,
     ) -> UnitRecord:
         """Store one unit, then its record: after that, and only then, it is published.
 
@@ -65,23 +66,27 @@ class CacheWriter:
             nodes: (n, ...) values of every node of the manifest, any floating dtype, any device; where its layout is
                 `tokens`, those of the n samples.
             broken: (key, row in the source shard, reason) of images without a row, in row order.
+            origin: what the unit was converted from, for its record.
 
         Raises:
             CacheFormatError: columns or nodes that are not what the manifest and the format say.
             CacheError: values that the node's codec cannot hold.
         """
         unit = UnitId(shard, view)
-        path = unit_path(unit, self.manifest.backend)
-        arrays = {**columns, **self._encode(nodes, path)}
-        num_samples = check_columns(arrays, self.manifest, path)
+        where = f"shard {shard} of view {view}"
+        arrays = {**columns, **self._encode(nodes, where)}
+        num_samples = check_columns(arrays, self.manifest, where)
         data = pack_unit(arrays, self.manifest)
+        digest = xxhash.xxh3_128_hexdigest(data)
+        path = unit_path(unit, self.manifest.backend, digest)
         record = UnitRecord(
             shard=shard,
             view=view,
             num_samples=num_samples,
             broken=tuple(broken),
-            files=((path, len(data), xxhash.xxh3_128_hexdigest(data)),),
+            files=((path, len(data), digest),),
             fingerprint=self.cache.fingerprint,
+            origin=origin,
         )
         self._storage.put(path, data)
         self._storage.put(record_path(unit), record.to_bytes())

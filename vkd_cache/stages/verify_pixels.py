@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from vkd_cache import console
 from vkd_cache.cache.reader import Cache, Unit
-from vkd_cache.cache.units import UnitId, unit_path
+from vkd_cache.cache.units import UnitId, record_path
 from vkd_cache.detection.sampling import sample_places
 from vkd_cache.sources import Source
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, pixel_versions, render_loader
@@ -93,7 +93,7 @@ class PixelCheck:
 
     def _check_row(self, rendered: tuple[RenderedBatch, int], unit: Unit, row: int) -> None:
         batch, at = rendered
-        where = unit_path(unit.id, self._cache.manifest.backend)
+        where = record_path(unit.id)
         key = self._source.shards[unit.id.shard].keys[row]
         if batch.error is not None:
             self._level.error(where, str(batch.error))
@@ -152,7 +152,7 @@ class PixelCheck:
 
     def _check_unit(self, unit: Unit) -> None:
         """Keys, labels and mixing of a whole unit against source and plan: hashes only, nothing is decoded."""
-        where = unit_path(unit.id, self._cache.manifest.backend)
+        where = record_path(unit.id)
         shard = self._source.shards[unit.id.shard]
         rows = unit.rows.astype(np.int64)
         if unit.keys != [shard.keys[row] for row in rows]:

@@ -17,7 +17,7 @@ import torch
 
 from vkd_cache import console
 from vkd_cache.cache.reader import MANIFEST_PATH, Cache, Unit
-from vkd_cache.cache.units import UnitId, unit_path
+from vkd_cache.cache.units import UnitId, record_path
 from vkd_cache.config import Config, TeacherConfig
 from vkd_cache.sources import Source
 from vkd_cache.stages.ranks import take_device
@@ -226,7 +226,7 @@ def _note(cache: Cache, name: str, at: tuple[Unit, npt.NDArray[np.int64]], gap: 
     level.measured[largest] = max(level.measured.get(largest, 0.0), float(gap.error.max()))
     for row in np.flatnonzero(~gap.explained).tolist():
         level.error(
-            unit_path(unit.id, cache.manifest.backend),
+            record_path(unit.id),
             f"node '{name}' of key '{unit.keys[place[row]]}', view {unit.id.view}: the teacher's values differ from "
             f"the stored ones by {float(gap.error[row]):.2g} of their norm, more than codec "
             f"{cache.manifest.node(name).codec} and arithmetic explain. Extract into another cache.",

@@ -1,0 +1,140 @@
+"""A cache in a directory of this machine, or of a network file system.
+
+A newcomer's trap: a reader may list and read at any moment while others write, so a file appears whole or not at all:
+temporary file, fsync, rename, fsync of the directory.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import tempfile
+from pathlib import Path
+
+from vkd_cache.cache.storage import TEMPORARY
+from vkd_cache.errors import CacheError
+from vkd_cache.runtime import sync_directory
+
+_ATTEMPTS = 100
+
+
+class LocalStorage:
+    """Files below a directory of this machine, or of a network file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+
+    def put(self, path: str, data: bytes, *, exclusive: bool = False) -> None:
+        """See `Storage.put`."""
+        target = self.root / path
+        self._make_directory(target.parent)
+        for _ in range(_ATTEMPTS):
+            handle, temporary = self._open_temporary()
+            try:
+                _write_all(handle, data)
+                if exclusive:
+                    os.link(temporary, target)
+                    temporary.unlink()
+                else:
+                    temporary.replace(target)
+            except FileNotFoundError:
+                continue  # another writer took our file for a dead one's, between its creation and our lock
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            finally:
+                os.close(handle)
+            sync_directory(target.parent)
+            return
+        raise CacheError(f"{target}: could not be written: its temporary file was removed {_ATTEMPTS} times.")
+
+    def get(self, path: str) -> bytes:
+        """See `Storage.get`."""
+        return (self.root / path).read_bytes()
+
+    def exists(self, path: str) -> bool:
+        """See `Storage.exists`."""
+        return (self.root / path).is_file()
+
+    def size(self, path: str) -> int:
+        """See `Storage.size`."""
+        return (self.root / path).stat().st_size
+
+    def paths(self, prefix: str) -> list[str]:
+        """See `Storage.paths`."""
+        found: list[str] = []
+        pending = [prefix]
+        while pending:
+            folder = pending.pop()
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / folder) as entries:
+                for entry in entries:
+                    path = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(path)
+                    else:
+                        found.append(path)
+        return sorted(found)
+
+    def delete(self, path: str) -> None:
+        """See `Storage.delete`."""
+        (self.root / path).unlink(missing_ok=True)
+
+    def prepare(self) -> list[str]:
+        """See `Storage.prepare`."""
+        self._make_directory(self.root / TEMPORARY)
+        abandoned = self.abandoned()
+        for path in abandoned:
+            self.delete(path)
+        return abandoned
+
+    def abandoned(self) -> list[str]:
+        """See `Storage.abandoned`. A living writer holds a lock on its file."""
+        return [path for path in self.paths(TEMPORARY) if self._is_abandoned(self.root / path)]
+
+    def _is_abandoned(self, temporary: Path) -> bool:
+        try:
+            handle = os.open(temporary, os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                return False  # a file system without locks: better a stray file than a living writer's
+            raise
+        finally:
+            os.close(handle)
+        return True
+
+    def _open_temporary(self) -> tuple[int, Path]:
+        folder = self.root / TEMPORARY
+        self._make_directory(folder)
+        handle, name = tempfile.mkstemp(suffix=".tmp", dir=folder)
+        # mkstemp is for secrets: 0600. A cache is shared with the same people as the files around it.
+        os.fchmod(handle, 0o666 & ~_umask(folder))
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        return handle, Path(name)
+
+    def _make_directory(self, directory: Path) -> None:
+        if directory.is_dir():
+            return
+        missing = [directory, *(parent for parent in directory.parents if not parent.exists())]
+        directory.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            sync_directory(made.parent)
+
+
+def _umask(folder: Path) -> int:
+    # os.umask can only be read by changing it, which other threads would see: read it off a folder made under it
+    return ~folder.stat().st_mode & 0o777
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
+    os.fsync(handle)
