@@ -5,6 +5,7 @@ newcomer's trap: editing one by hand, even its white space, breaks the seal on p
 """
 
 import json
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,12 @@ from vkd_cache.errors import CacheFormatError, CorruptCacheError
 
 FORMAT_VERSION = 1
 SEAL = "xxh3_128"
+MAX_DOCUMENT_BYTES = 2**28  # a million shards take a quarter of it
+_DEEPEST = 32  # objects within objects; the format needs five, and a stack has an end
+
+_SHORTENED = reprlib.Repr()  # never the whole of what may be a hundred megabytes
+_SHORTENED.maxlevel, _SHORTENED.maxlist, _SHORTENED.maxdict = 3, 12, 12
+_SHORTENED.maxstring = _SHORTENED.maxlong = _SHORTENED.maxother = 80
 
 
 def canonical(body: Mapping[str, Any]) -> bytes:
@@ -37,10 +44,14 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
         CacheFormatError: not a JSON object, or of a format version that this release does not know.
         CorruptCacheError: changed since it was written.
     """
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise CacheFormatError(f"{where}: found {len(data)} bytes, expected at most {MAX_DOCUMENT_BYTES} of JSON.")
     try:
         body = json.loads(data.decode("ascii"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise CacheFormatError(f"{where}: found bytes that are not JSON ({error}). Is this a cache?") from error
+    if _is_deeper(body, _DEEPEST):
+        raise CacheFormatError(f"{where}: found JSON nested more than {_DEEPEST} deep. Is this a cache?")
     if not isinstance(body, dict):
         raise CacheFormatError(f"{where}: found a JSON {type(body).__name__}, expected an object. Is this a cache?")
     check_version(body, where)
@@ -72,6 +83,11 @@ def check_version(body: Mapping[str, Any], where: str) -> None:
             f"{where}: found format version {found}, this vkd-cache reads version {FORMAT_VERSION}. "
             "Upgrade vkd-cache to read this cache."
         )
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not levels or any(_is_deeper(entry, levels - 1) for entry in inner if isinstance(entry, (dict, list)))
 
 
 def _refuse_constant(name: str) -> None:
@@ -135,5 +151,5 @@ class Fields:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    text = _SHORTENED.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

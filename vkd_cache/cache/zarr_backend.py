@@ -34,10 +34,14 @@ _ZSTD_CODEC = {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL, "checksum
 _LAYOUT_FIELDS = ("zarr_format", "node_type", "data_type", "chunk_grid", "chunk_key_encoding", "codecs")
 _MAX_METADATA_BYTES = 2**20
 # a unit may be this many times as large as its file, and this many bytes more: zeros shrink a lot, and a bomb more
-_MAX_EXPANSION = 1000
+_MAX_EXPANSION = 100
 _MAX_FREE_BYTES = 2**26
+# what lists the entries: 1024 nodes take a megabyte, and Python some twenty times that
+_MAX_DIRECTORY_BYTES = 2**22
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _LOCAL_HEADER = struct.Struct("<26xHH")
+# what Python's reader of zip files raises on bytes that are none
+_DAMAGE = (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError, OverflowError, ValueError, OSError)
 
 
 _Layout = tuple[tuple[int, ...], np.dtype[Any], bool]  # shape, dtype, whether compressed
@@ -105,7 +109,7 @@ def unpack(data: bytes) -> dict[str, Array]:
         if num_bytes > _MAX_EXPANSION * len(data) + _MAX_FREE_BYTES:
             raise CacheFormatError(f"unit: found arrays of {num_bytes} bytes in a file of {len(data)}.")
         return {name: _read_array(name, layout, entries) for name, layout in layouts.items()}
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError, OverflowError) as error:
+    except _DAMAGE as error:
         raise CacheFormatError(f"unit: found bytes that are not a zip file of zarr arrays ({error}).") from error
 
 
@@ -113,6 +117,7 @@ def _zip_entries(data: bytes) -> dict[str, memoryview]:
     """Content of each entry, not copied; no CRC is checked here, the record has a better checksum."""
     content = memoryview(data)
     entries = {}
+    _check_directory(data)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
@@ -123,6 +128,22 @@ def _zip_entries(data: bytes) -> dict[str, memoryview]:
                 raise CacheFormatError(f"unit: {entry.filename}: ends behind the end of the file.")
             entries[entry.filename] = content[start : start + entry.file_size]
     return entries
+
+
+def _check_directory(data: bytes) -> None:
+    """Look at the size of the list of entries before Python makes objects of it.
+
+    Raises:
+        zipfile.BadZipFile: it is absurd, or not where `pack` leaves it.
+    """
+    end = data[-22:]
+    if end[:4] != b"PK\x05\x06":
+        raise zipfile.BadZipFile("no end of a zip file")
+    num_bytes = int.from_bytes(end[12:16], "little")
+    if data[-42:-38] == b"PK\x06\x07":  # the record of large files goes before the one for all
+        num_bytes = int.from_bytes(data[-58:-50], "little")
+    if num_bytes > _MAX_DIRECTORY_BYTES:
+        raise zipfile.BadZipFile(f"a list of entries of {num_bytes} bytes")
 
 
 def _read_array(name: str, layout: _Layout, entries: Mapping[str, memoryview]) -> Array:
