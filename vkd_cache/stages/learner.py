@@ -24,6 +24,7 @@ from vkd_cache.stages.saved_student import start_student
 from vkd_cache.stages.supply import Supply
 from vkd_cache.stages.task import Task
 
+SMALLEST_SCALE = 1e-4  # of a loss under fp16: from 65,536 it is 30 steps in a row whose gradients overflow
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,6 +36,7 @@ class Learner:
         task: what the student sees and what its losses are.
         model: what a step calls: the student, wrapped by DDP when `world` > 1.
         ema: averaged student, or None.
+        gradient_norm: norm of the last step's gradients before clipping, on the device; None without `clip_grad`.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Learner:
             fused=device.type == "cuda",  # the other kernels wait for the GPU under a gradient scaler
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.amp == "fp16")
+        self.gradient_norm: Tensor | None = None
 
     def _wrapped(self, world: int) -> nn.Module:
         model = self.task.compiled(self.student) if self._config.train.compile else self.student
@@ -91,6 +94,7 @@ class Learner:
         """
         self.model.train()
         torch.manual_seed(seed)
+        self.gradient_norm = None
         sums: dict[str, Tensor] = {}
         for number, ((batch, pixels), share) in enumerate(zip(batches, self._shares(batches), strict=True), start=1):
             with self._synchronised(number == len(batches)):
@@ -116,7 +120,7 @@ class Learner:
             group["lr"] = lr
         if self._config.train.clip_grad > 0:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.student.parameters(), self._config.train.clip_grad)
+            self.gradient_norm = nn.utils.clip_grad_norm_(self.student.parameters(), self._config.train.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -163,8 +167,19 @@ class Learner:
         return self.model.no_sync()
 
     def is_finite(self) -> bool:
-        """Whether all weights are finite; waits for the device."""
-        return bool(torch.stack([parameter.detach().sum() for parameter in self.student.parameters()]).isfinite().all())
+        """Whether everything that a checkpoint holds is finite; waits for the device."""
+        modules = [self.student, *([self.ema.module] if self.ema is not None else [])]
+        tensors = [value for module in modules for value in module.state_dict().values()]
+        tensors += [value for held in self.optimizer.state.values() for value in held.values()]
+        sums = [value.detach().sum().to(self._device) for value in tensors if value.is_floating_point()]
+        return bool(torch.stack(sums).isfinite().all())
+
+    def scale_has_sunk(self) -> bool:
+        """Whether fp16's gradients have overflowed step after step, so that nothing is learnt; waits for the device.
+
+        A single such step is no fault: the scaler leaves it out and halves the scale.
+        """
+        return self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE
 
     def state(self) -> dict[str, Any]:
         """Everything that a step changes."""

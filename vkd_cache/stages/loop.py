@@ -17,16 +17,17 @@ import torch
 
 from vkd_cache import console
 from vkd_cache.config import config_to_json
-from vkd_cache.errors import ConfigError
+from vkd_cache.errors import ConfigError, VkdCacheError
 from vkd_cache.optim import cosine_lr
 from vkd_cache.runtime import hardware, library_versions, write_atomic
 from vkd_cache.stages.checkpoints import BEST, LAST, check_same_run, read_checkpoint, remove_stale, save_checkpoint
 from vkd_cache.stages.feed import FedBatch
 from vkd_cache.stages.journal import CURVES_NAME, LOG_NAME, METRIC_LABELS, Journal, draw_curves, read_log
 from vkd_cache.stages.learner import step_seed
+from vkd_cache.stages.nonfinite import Fault, Incident, StepNote, place_of, remove_reports, report
 from vkd_cache.stages.ranks import union
 from vkd_cache.stages.run import Run
-from vkd_cache.stages.standing import LossWindow, Standing, not_finite
+from vkd_cache.stages.standing import LossWindow, Standing
 from vkd_cache.stages.stopping import Stopped, StopSignals
 from vkd_cache.stages.supply import Supply
 from vkd_cache.stages.transfer import ahead_on_device
@@ -57,7 +58,7 @@ class Loop:
         self._output = run.output
         self.standing = Standing()
         self.num_broken = 0
-        self._window = LossWindow(self._learner.task.terms, run.split, run.device)
+        self._window = LossWindow(self._learner.task.terms, run.split, run.device, self._report)
         self._lr = 0.0
         self._clock, self._samples = time.monotonic(), 0  # since the last log line
         self._stop = StopSignals(run.split, run.device, run.config.train.log_every)
@@ -86,6 +87,7 @@ class Loop:
         if self._leads:
             self._output.mkdir(parents=True, exist_ok=True)
             remove_stale(self._output)
+            remove_reports(self._output)
             self._bring_best_along()
             self._write_run_file()
         with self._feed, self._stop, self._journal() as journal, console.track("train", total, "steps") as progress:
@@ -123,6 +125,8 @@ class Loop:
             progress.advance(1)
             if standing.step % train.log_every == 0:
                 progress.detail(self._log(journal))
+            elif self._window.is_full:
+                self._look()
             if standing.batch == 0:
                 self._end_epoch(journal)
             elif train.checkpoint_every and standing.step % train.checkpoint_every == 0:
@@ -162,9 +166,12 @@ class Loop:
         standing, split = self.standing, self._run.split
         self._lr = self._learning_rate(standing.step, total)
         seed = step_seed(self._run.config.train.seed, standing.step, split.index)
-        self._window.add(self._learner.step(group, self._supply, self._lr, seed))
+        terms = self._learner.step(group, self._supply, self._lr, seed)
         self._samples += sum(len(batch) for batch, _ in group) * split.count
         standing.step += 1
+        places = tuple(place_of(batch) for batch, _ in group)
+        norm = self._learner.gradient_norm
+        self._window.add(StepNote(step=standing.step, lr=self._lr, batches=places, terms=terms, gradient_norm=norm))
         last = group[-1][0]
         standing.epoch, standing.batch = (last.epoch + 1, 0) if last.ends_epoch else (last.epoch, last.step + 1)
 
@@ -173,10 +180,23 @@ class Loop:
         warmup = round(train.warmup_epochs * total / train.epochs)
         return cosine_lr(step, total, train.lr, train.min_lr, warmup)
 
+    def _look(self, fault: Fault = Fault.NONE) -> None:
+        """Look at the losses so far; here, and when all is saved, the host waits for the device, and nowhere else.
+
+        Raises:
+            VkdCacheError: one is not finite, or there is a fault, on any rank; all of them call this.
+        """
+        sunk = Fault.SCALE if self._learner.scale_has_sunk() else Fault.NONE
+        self._window.look(self.standing.step, fault or sunk)
+
+    def _report(self, incident: Incident) -> VkdCacheError:
+        return report(incident, self._run, self._supply.nodes)
+
     def _log(self, journal: Journal | None) -> str:
-        """Write a line; here, and only here, the host waits for the device."""
+        """Write a line."""
         standing = self.standing
-        means = self._window.take(standing.step)
+        self._look()
+        means = self._window.take()
         now = time.monotonic()
         rate = self._samples / max(now - self._clock, 1e-9)
         self._clock, self._samples = now, 0
@@ -230,14 +250,12 @@ class Loop:
 
     def _save(self, journal: Journal | None, *names: str) -> None:
         """Write the state under `names`; all ranks call this, the first one writes."""
-        window = self._window.state(self.standing.step)
+        self._look(Fault.NONE if self._learner.is_finite() else Fault.WEIGHTS)
         if journal is None:
             return
-        if not self._learner.is_finite():
-            raise not_finite(self.standing.step, "the weights are not finite")
         state = self._learner.state() | {
             "standing": self.standing.to_json(),
-            "window": window,
+            "window": self._window.state(),
             "views": list(self._run.views.views),
             "config": json.loads(json.dumps(config_to_json(self._run.config))),
             "num_classes": self._run.num_classes,

@@ -2,15 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vkd_cache.errors import VkdCacheError
 from vkd_cache.runtime import JobSplit
+from vkd_cache.stages.nonfinite import Fault, Incident, SeenStep, StepNote
 from vkd_cache.stages.ranks import gathered
+
+MAX_BATCHES = 100  # that may wait to be looked at: a bound of what is remembered, and of the steps done in vain
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -37,61 +39,116 @@ class Standing:
 
 
 class LossWindow:
-    """Sums of the loss terms since the last log line, on the device: adding to them waits for nothing."""
+    """The loss terms since the last log line; and what belongs to each step that nobody has looked at yet.
 
-    def __init__(self, terms: Sequence[str], split: JobSplit, device: torch.device) -> None:
-        """`terms`: names of the loss terms that there can be, in the order in which they are shown."""
-        self._terms = terms
+    Adding to it waits for nothing: loss terms stay on the device. Looking brings them to the host.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[str],
+        split: JobSplit,
+        device: torch.device,
+        report: Callable[[Incident], VkdCacheError],
+    ) -> None:
+        """`terms`: names of the loss terms that there can be, in the order in which they are shown; `report`: writes
+        down what stops the run, and gives the error to raise."""
+        self._terms = tuple(terms)
         self._split = split
         self._device = device
-        self._sums: dict[str, Tensor | float] = {}
+        self._report = report
+        self._new: list[StepNote] = []
+        self._before: SeenStep | None = None
+        self._sums: dict[str, float] = {}
         self._steps = 0
+        self._ranks: list[dict[str, Any]] = []
 
-    def add(self, terms: Mapping[str, Tensor]) -> None:
+    def add(self, note: StepNote) -> None:
         """Count one step."""
-        for name, value in terms.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._steps += 1
+        self._new.append(note)
 
-    def take(self, step: int) -> dict[str, float]:
-        """Means over steps and ranks, and start anew; every rank calls this, and waits for its device.
+    @property
+    def is_full(self) -> bool:
+        """Whether it is time to look, log line or not; the same on all ranks."""
+        return sum(len(note.batches) for note in self._new) >= MAX_BATCHES
+
+    def look(self, step: int, fault: Fault = Fault.NONE) -> None:
+        """Bring all that was added to the host, and tell the other ranks; every rank calls this after the same steps.
+
+        Args:
+            step: optimizer steps done.
+            fault: what else is wrong with the run, on this rank.
 
         Raises:
-            VkdCacheError: a loss is not finite.
+            VkdCacheError: a loss is not finite, or there is a fault, on any rank.
         """
-        state = self.state(step)
-        self._sums, self._steps = {}, 0
-        sums = [rank["sums"] for rank in state]
+        seen = _on_host(self._new)
+        self._new = []
+        for each in seen:
+            for name, value in each.terms.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+        self._steps += len(seen)
+        own = [self._sums.get(name, 0.0) for name in self._terms]
+        bad = next((each.step for each in seen if not each.finite), math.inf)
+        ranks = self._gathered([*own, *(name in self._sums for name in self._terms), bad, fault])
+        first = min(numbers[-2] for numbers in ranks)
+        if math.isfinite(first):
+            raise self._report(self._incident(seen, int(first), Fault.NONE))
+        worst = max(int(numbers[-1]) for numbers in ranks)
+        if worst:
+            raise self._report(self._incident(seen, step, Fault(worst)))
+        self._before = seen[-1] if seen else self._before
+        self._ranks = [{"sums": self._named(numbers), "steps": self._steps} for numbers in ranks]
+
+    def take(self) -> dict[str, float]:
+        """Means over steps and ranks as of the last look, and start anew."""
+        sums = [rank["sums"] for rank in self._ranks]
         names = [name for name in self._terms if any(name in rank for rank in sums)]
-        return {name: sum(rank.get(name, 0.0) for rank in sums) / len(sums) / state[0]["steps"] for name in names}
+        means = {name: sum(rank.get(name, 0.0) for rank in sums) / len(sums) / self._steps for name in names}
+        self._sums, self._steps = {}, 0
+        return means
 
-    def state(self, step: int) -> list[dict[str, Any]]:
-        """Sums and number of steps of every rank; every rank calls this, and waits for its device.
-
-        Raises:
-            VkdCacheError: a loss is not finite.
-        """
-        own = [float(self._sums.get(name, math.nan)) for name in self._terms]
-        present = [float(name in self._sums) for name in self._terms]
-        packed = torch.tensor([own, present], dtype=torch.float64, device=self._device)
-        ranks = []
-        for values, there in (part.tolist() for part in gathered(packed, self._split)):
-            sums = {name: value for name, value, known in zip(self._terms, values, there, strict=True) if known}
-            if not all(map(math.isfinite, sums.values())):
-                shown = ", ".join(f"{name} {value / self._steps:g}" for name, value in sums.items())
-                raise not_finite(step, f"the loss of the last {self._steps} steps is {shown}")
-            ranks.append({"sums": sums, "steps": self._steps})
-        return ranks
+    def state(self) -> list[dict[str, Any]]:
+        """Sums and number of steps of every rank as of the last look."""
+        return self._ranks
 
     def load(self, ranks: list[dict[str, Any]]) -> None:
         """Continue from `state`."""
         own = ranks[self._split.index]
         self._sums, self._steps = dict(own["sums"]), own["steps"]
 
+    def _gathered(self, numbers: Sequence[float]) -> list[list[float]]:
+        own = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        return [part.tolist() for part in gathered(own, self._split)]
 
-def not_finite(step: int, what: str) -> VkdCacheError:
-    """The error of a run that has diverged."""
-    return VkdCacheError(
-        f"train: step {step}: {what}. Nothing is saved from here; the last checkpoint is intact. Use a smaller --lr, "
-        "a warm-up ([train] warmup_epochs), [train] clip_grad, or --amp bf16 or off, in a new --output."
-    )
+    def _named(self, numbers: Sequence[float]) -> dict[str, float]:
+        """Numbers by loss term, of those that are there; the second half says which."""
+        there = numbers[len(self._terms) :]
+        return {name: value for name, value, known in zip(self._terms, numbers, there, strict=False) if known}
+
+    def _incident(self, seen: Sequence[SeenStep], step: int, fault: Fault) -> Incident:
+        """Every rank calls this."""
+        steps = {each.step: each for each in ([self._before] if self._before is not None else []) + list(seen)}
+        at = steps.get(step)
+        own = at.terms if at is not None else {}
+        ranks = self._gathered([*(own.get(name, 0.0) for name in self._terms), *(name in own for name in self._terms)])
+        named = [self._named(numbers) for numbers in ranks]
+        return Incident(fault=fault, step=step, at=at, before=steps.get(step - 1), ranks=named)
+
+
+def _on_host(notes: Sequence[StepNote]) -> list[SeenStep]:
+    """All numbers in one copy, which waits for the device."""
+    scalars = [
+        value for note in notes for value in (*note.terms.values(), note.gradient_norm) if value is not None
+    ]
+    numbers = iter(torch.stack([value.detach() for value in scalars]).tolist() if scalars else [])
+    return [
+        SeenStep(
+            step=note.step,
+            lr=note.lr,
+            batches=note.batches,
+            terms={name: next(numbers) for name in note.terms},
+            gradient_norm=None if note.gradient_norm is None else next(numbers),
+        )
+        for note in notes
+    ]
