@@ -7,27 +7,19 @@ members of a pair together, and `vkd_cache.views.blend` mixes them on the device
 Shape legend: b samples of a batch, H = W = the recipe's size in pixels; detection: H and W have room for every canvas.
 """
 
-import contextlib
 import dataclasses
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from multiprocessing import resource_tracker
-from multiprocessing.process import BaseProcess
-from types import TracebackType
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from vkd_cache.errors import BrokenImageError, CorruptCacheError, SourceError, VkdCacheError
+from vkd_cache.errors import BrokenImageError, CorruptCacheError, VkdCacheError
 from vkd_cache.runtime import library_versions
 from vkd_cache.sources import Source
 from vkd_cache.stages.layout import ViewLayout, detection_source, layout_of
+from vkd_cache.stages.worker_pool import WorkerPool
 from vkd_cache.views.boxes import ViewBoxes
 from vkd_cache.views.decode import decode_image
 from vkd_cache.views.mixing import drop_partners
@@ -96,11 +88,6 @@ class RenderedBatch:
     boxes: list[ViewBoxes] | None = None
     error: VkdCacheError | None = None
 
-    def pin_memory(self) -> "RenderedBatch":
-        """Called by the loader, so that the copy to a GPU can overlap."""
-        self.pixels = self.pixels.pin_memory()
-        return self
-
 
 def keep_rows(rendered: RenderedBatch, keep: npt.NDArray[np.integer]) -> None:
     """Leave only some rows, in the order given; both members of a mixed pair must be among them, or neither.
@@ -127,8 +114,8 @@ def keep_rows(rendered: RenderedBatch, keep: npt.NDArray[np.integer]) -> None:
         rendered.boxes = [rendered.boxes[position] for position in keep.tolist()]
 
 
-class Renderer(torch.utils.data.Dataset[RenderedBatch]):
-    """Renders tasks of one source under one recipe and cache seed; the loader's workers hold a copy each."""
+class Renderer:
+    """Renders tasks of one source under one recipe and cache seed; worker processes hold a copy each."""
 
     def __init__(
         self, source: Source, recipe: Recipe, seed: int, *, made_with: Mapping[str, str] | None = None
@@ -145,7 +132,7 @@ class Renderer(torch.utils.data.Dataset[RenderedBatch]):
         self._made_with = made_with
 
     def __getitem__(self, task: RenderTask) -> RenderedBatch:
-        """Render one task; an error is returned in the batch, because a loader would bury its message."""
+        """Render one task; an error is returned in the batch, so that the caller decides what it stops."""
         count = len(task.row)
         known = [self._known_params(task, position) for position in range(count)]
         layout = self._layout(task, known)
@@ -259,81 +246,27 @@ def render_loader(
     """Rendered batches in the order of `tasks`, made by `workers` processes (0: by this one).
 
     `tasks` is read lazily, a few batches ahead of what has been yielded, in this process. What stopped a task is not
-    raised: it comes as `RenderedBatch.error`, and the caller decides.
+    raised: it comes as `RenderedBatch.error`, and the caller decides. `pin_memory`: the copy to a GPU can overlap.
 
     Raises:
         SourceError: a worker process was killed.
     """
-    loader = torch.utils.data.DataLoader(
-        renderer,
-        batch_size=None,
-        sampler=tasks,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=2 if workers else None,
-        multiprocessing_context=_worker_context() if workers else None,
-        worker_init_fn=_start_worker if workers else None,
-    )
-    with _signals_held_back():
-        batches = iter(loader)
-    try:
-        yield from batches
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        # a batch whose sender died before it was fetched shows as a connection that nobody answers
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise SourceError(
-            f"{renderer.source.location}: a data worker process died ({reason}). The usual cause is memory: use fewer "
-            "--workers or a smaller --batch-size. Run the same command again to continue."
-        ) from error
+    finish = _Pinning() if pin_memory else None
+    if not workers:
+        for task in tasks:
+            yield renderer[task] if finish is None else finish(renderer[task])
+        return
+    with WorkerPool(renderer.__getitem__, workers, name=renderer.source.location, finish=finish) as pool:
+        yield from pool.results(tasks)
 
 
-def _worker_context() -> Any:
-    # Not fork: zarr and torch run threads in this process. The server imports torch once, workers fork from it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vkd_cache.stages.rendering"])
-    return context
+class _Pinning:
+    """Moves batches to pinned memory, in the thread that receives them, for the GPU of the thread that made this."""
 
+    def __init__(self) -> None:
+        self._device = torch.cuda.current_device()
 
-def _start_worker(_: int) -> None:
-    sys.excepthook = _unless_hung_up
-    main_process = multiprocessing.parent_process()
-    if main_process is not None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for the threads, one of which waits for it
-        for watch in (_exit_after, _exit_when_told):
-            threading.Thread(target=watch, args=(main_process,), daemon=True, name=watch.__name__).start()
-
-
-def _unless_hung_up(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    # of the thread that hands batches over: a main process that stops in the middle of one is no news
-    if not issubclass(kind, (ConnectionError, EOFError)):
-        sys.__excepthook__(kind, error, trace)
-
-
-def _exit_after(main_process: BaseProcess) -> None:
-    # the loader's own watch is on the server, which lives as long as a worker does: both would stay for ever
-    main_process.join()
-    os._exit(1)
-
-
-def _exit_when_told(main_process: BaseProcess) -> None:
-    # how the main process ends its workers; from anybody else the signal was meant for the main process
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process.pid:
-        pass
-    os._exit(1)
-
-
-@contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Processes started meanwhile do not end by SIGINT or SIGTERM; this one receives what came at the end.
-
-    Both often go to a whole process group (Ctrl-C, batch systems), and the main process decides when workers stop: it
-    may need batches for a step to be finished.
-    """
-    resource_tracker.ensure_running()  # starting it later would let the signals through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def __call__(self, rendered: RenderedBatch) -> RenderedBatch:
+        with torch.cuda.device(self._device):  # else this thread would start up the first GPU as well
+            rendered.pixels = rendered.pixels.pin_memory()
+        return rendered
