@@ -22,6 +22,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 # arrows go down, or stay inside one part
 LEVELS = {"__main__": 4, "cli": 3, "stages": 2}
 LEVELS |= dict.fromkeys(("console", "config", "fields", "errors", "runtime", "weights"), 0)
+LEVELS |= dict.fromkeys(("remote", "remote_faults", "local_copies"), 0)
 PARTS_LEVEL = 1  # cache, sources, views, teachers, students, losses, ...
 SIDEWAYS = {
     ("cache", "vkd_cache.views.params"),
@@ -49,6 +50,9 @@ SIDEWAYS = {
     ("config", "vkd_cache.errors"),
     ("config", "vkd_cache.fields"),
     ("runtime", "vkd_cache.errors"),
+    ("remote", "vkd_cache.errors"),
+    ("remote", "vkd_cache.remote_faults"),
+    ("local_copies", "vkd_cache.errors"),
     ("weights", "vkd_cache.errors"),
     ("weights", "vkd_cache.runtime"),
     ("console", "vkd_cache.errors"),

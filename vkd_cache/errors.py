@@ -9,6 +9,7 @@
     │   ├── CacheMismatchError   a cache made from something else than this run asks for
     │   ├── IncompleteCacheError units that this run needs are not published
     │   └── CorruptCacheError    bytes that are not what was published, or pixels that are not what the teacher saw
+    ├── StorageError             a store behind a URL that does not answer, or refuses, after all attempts
     ├── TeacherError             a teacher that cannot be built, loaded or tapped
     └── CheckpointError          a checkpoint that does not fit or cannot be read
 
@@ -55,6 +56,10 @@ class IncompleteCacheError(CacheError):
 
 class CorruptCacheError(CacheError):
     """Stored bytes or replayed pixels differ from what was published."""
+
+
+class StorageError(VkdCacheError):
+    """An object store does not answer, or refuses, after all attempts."""
 
 
 class TeacherError(VkdCacheError):
