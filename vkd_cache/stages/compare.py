@@ -6,11 +6,12 @@ their own ways; small differences grow as they do between any two runs, so the c
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from vkd_cache.runtime import JobSplit, hardware, library_versions, write_atomic
 from vkd_cache.stages.feed import FedBatch
 from vkd_cache.stages.journal import draw_curves
 from vkd_cache.stages.learner import Learner, step_seed
+from vkd_cache.stages.nonfinite import StepNote, place_of, report
 from vkd_cache.stages.run import Run, prepare_run
+from vkd_cache.stages.standing import LossWindow
 from vkd_cache.stages.supply import Supply
 from vkd_cache.stages.transfer import ahead_on_device
 
@@ -99,7 +102,7 @@ def compare(config: Config, *, steps: int) -> CompareReport:
     """Train `steps` steps from the cache and with the live teacher, in lockstep and free-running.
 
     Raises:
-        VkdCacheError: as `train` and `extract` do for what they read.
+        VkdCacheError: as `train` and `extract` do for what they read; a loss that is not finite.
     """
     if not config.cache.url or not config.teacher.name:
         raise ConfigError("compare needs both teachers: --cache, and --teacher with its weights (or a pipeline file).")
@@ -169,19 +172,41 @@ def _batches(run: Run, nodes_of: Supply, steps: int) -> Iterator[tuple[int, FedB
             yield step, batch, pixels
 
 
+class _Watch:
+    """Stops at the first loss that is not finite: no gap could be told from it."""
+
+    def __init__(self, run: Run, nodes_of: Supply, terms: Sequence[str]) -> None:
+        reported = functools.partial(report, run=run, nodes=nodes_of.nodes, command="compare")
+        self._window = LossWindow(terms, run.split, run.device, reported)
+
+    def see(self, step: int, batch: FedBatch, lr: float, terms: Mapping[str, Tensor]) -> None:
+        """Look at the loss terms of one step, counted from 0.
+
+        Raises:
+            VkdCacheError: one is not finite.
+        """
+        self._window.add(StepNote(step=step + 1, lr=lr, batches=(place_of(batch),), terms=terms))
+        self._window.look(step + 1)
+
+
 def _lockstep(
     run: Run, cached: Supply, live: Supply, steps: int
 ) -> tuple[dict[str, list[float]], list[float], list[float]]:
     learner = run.learner(cached)
     gaps: dict[str, list[float]] = {}
     gradient, cosine = [], []
+    sides = ("live", "cached")
+    watch = _Watch(run, cached, [f"{side} {name}" for side in sides for name in learner.task.terms])
     with console.track("compare: lockstep", steps, "steps") as progress:
         for step, batch, pixels in _batches(run, cached, steps):
+            lr = _lr(run.config, step, steps)
             images = learner.task.images(batch, pixels)
             learner.model.train()
             torch.manual_seed(step_seed(run.config.train.seed, step, 0))
             outputs = learner.outputs(images)
             both = [learner.task.losses(outputs, batch, supply(batch, images)) for supply in (live, cached)]
+            terms = {f"{side} {name}": one[name] for side, one in zip(sides, both, strict=True) for name in one}
+            watch.see(step, batch, lr, terms)
             for name in (name for name in learner.task.terms if name in both[0]):
                 reference, value = (float(terms[name].detach()) for terms in both)
                 gaps.setdefault(name, []).append(abs(value - reference) / max(abs(reference), 1e-12))
@@ -191,7 +216,7 @@ def _lockstep(
                 norm = live_gradient.norm().clamp_min(1e-30)
                 gradient.append(float((cached_gradient - live_gradient).norm() / norm))
                 cosine.append(float(torch.nn.functional.cosine_similarity(cached_gradient, live_gradient, dim=0)))
-            learner.update(_lr(run.config, step, steps))
+            learner.update(lr)
             progress.advance(1)
             progress.detail(f"largest gap {max(max(values) for values in gaps.values()):.2e}")
     return gaps, gradient, cosine
@@ -211,10 +236,12 @@ def _lr(config: Config, step: int, steps: int) -> float:
 def _free(run: Run, supply: Supply, nodes_of: Supply, steps: int, title: str) -> dict[str, list[float]]:
     learner = run.learner(supply)
     terms: dict[str, list[float]] = {}
+    watch = _Watch(run, nodes_of, learner.task.terms)
     with console.track(title, steps, "steps") as progress:
         for step, batch, pixels in _batches(run, nodes_of, steps):
-            seed = step_seed(run.config.train.seed, step, 0)
-            values = learner.step([(batch, pixels)], supply, _lr(run.config, step, steps), seed)
+            seed, lr = step_seed(run.config.train.seed, step, 0), _lr(run.config, step, steps)
+            values = learner.step([(batch, pixels)], supply, lr, seed)
+            watch.see(step, batch, lr, values)
             for name, value in values.items():
                 terms.setdefault(name, []).append(float(value))
             progress.advance(1)

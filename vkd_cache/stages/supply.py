@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from vkd_cache.cache.reader import Cache
 from vkd_cache.config import Config, LossConfig
-from vkd_cache.errors import CacheMismatchError, ConfigError
+from vkd_cache.errors import CacheMismatchError, ConfigError, CorruptCacheError
 from vkd_cache.normalisation import Whitening, whitening_statistics
 from vkd_cache.stages.feed import FedBatch
 from vkd_cache.tokens import Tokens
@@ -174,6 +174,7 @@ def whitening_of_cache(cache: Cache, view: int) -> Whitening:
 
     Raises:
         CacheMismatchError: the cache does not hold pooled features.
+        CorruptCacheError: they are not finite.
     """
     spec = next((node for node in cache.manifest.nodes if node.name == "pooled"), None)
     if spec is None:
@@ -183,7 +184,13 @@ def whitening_of_cache(cache: Cache, view: int) -> Whitening:
         )
     parts: list[Tensor] = []
     for shard in sorted(cache.published_shards(view)):
-        parts.append(cache.read(shard, view).node("pooled").float())
+        values = cache.read(shard, view).node("pooled").float()
+        if not bool(values.isfinite().all()):
+            raise CorruptCacheError(
+                f"{cache.url}: node 'pooled' of shard {shard}, view {view} is not finite, and [loss] normalisation = "
+                "whiten takes its statistics from it. Run vkd-cache verify, and extract such units again."
+            )
+        parts.append(values)
         if sum(map(len, parts)) >= WHITENING_SAMPLES_PER_CHANNEL * spec.shape[0]:
             break
     return whitening_statistics(torch.cat(parts))
