@@ -16,7 +16,7 @@ from vkd_cache.sources import Source
 from vkd_cache.stages.rendering import Renderer
 from vkd_cache.stages.teaching import TeacherRun, taught_batches
 from vkd_cache.stages.transfer import model_input
-from vkd_cache.stages.unit_tokens import on_host
+from vkd_cache.stages.unit_tokens import on_host, stored_dtype
 from vkd_cache.stages.units import Output, finite_rows, unit_tasks
 from vkd_cache.tokens import Tokens, join_tokens
 from vkd_cache.views.recipe import Recipe
@@ -61,7 +61,7 @@ def probe_teacher(source: Source, recipe: Recipe, seed: int, run: TeacherRun) ->
 
 
 def _on_host(values: Output) -> Output:
-    return on_host(values) if isinstance(values, Tokens) else values.cpu()
+    return on_host(values) if isinstance(values, Tokens) else values.to(stored_dtype(values, None)).cpu()
 
 
 def _finite_part(outputs: Mapping[str, Output], ok: npt.NDArray[np.bool_]) -> dict[str, Output] | None:

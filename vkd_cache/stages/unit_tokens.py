@@ -41,6 +41,15 @@ def sampled_tokens(tokens: Tokens, spec: NodeSpec, *, seed: int, keys: Sequence[
     return tokens.sampled(np.concatenate([none, *places]), np.array([len(kept) for kept in places], np.int64))
 
 
+def stored_dtype(values: torch.Tensor, spec: NodeSpec | None) -> torch.dtype:
+    """What `values` are kept in until they are written, without a bit more than their codec stores.
+
+    So whatever does not fit the codec is infinite from here on, and told with its key.
+    """
+    widest = torch.float32 if values.dtype == torch.float64 else values.dtype
+    return widest if spec is None else HALF_DTYPES.get(spec.codec, widest)
+
+
 def as_stored(tokens: Tokens, codec: str) -> Tokens:
     """The tokens with their values as `codec` stores them, on the device they are on: fewer bytes to copy and keep."""
     if codec == "token_int8":

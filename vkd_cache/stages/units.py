@@ -18,7 +18,15 @@ from vkd_cache.cache.units import UnitId, keys_to_columns
 from vkd_cache.errors import TeacherError
 from vkd_cache.sources import CocoSource, Source, is_detection
 from vkd_cache.stages.rendering import RenderedBatch, RenderTask
-from vkd_cache.stages.unit_tokens import HALF_DTYPES, as_stored, extremes, finite_images, in_order, sampled_tokens
+from vkd_cache.stages.unit_tokens import (
+    HALF_DTYPES,
+    as_stored,
+    extremes,
+    finite_images,
+    in_order,
+    sampled_tokens,
+    stored_dtype,
+)
 from vkd_cache.tokens import Tokens
 from vkd_cache.views.mixing import pair_slots, plan_mixing
 from vkd_cache.views.params import MixPlan
@@ -120,8 +128,7 @@ class UnitAssembly:
         """What is stored of a node, on its way to the host."""
         spec = self._specs.get(name)
         if not isinstance(values, Tokens):
-            dtype = HALF_DTYPES.get(spec.codec) if spec is not None else None
-            return values.to(dtype or values.dtype).to("cpu", non_blocking=True)
+            return values.to(stored_dtype(values, spec)).to("cpu", non_blocking=True)
         if not batch.ok.all():
             values = values.select(np.flatnonzero(batch.ok))
         if spec is not None:
@@ -206,28 +213,46 @@ def check_storable(specs: Sequence[NodeSpec], nodes: Mapping[str, Output], keys:
             continue
         low, high = extremes(values) if isinstance(values, Tokens) else map(float, values.aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
-            bad = ~finite_rows(values)
-            what = "not finite"
-            cure = (
-                "Under float16, autocast or dtype, values overflow at 65504: use bfloat16, or autocast 'off' and "
-                "--dtype float32."
-            )
-        elif low < 0 and spec.codec == "sqrt_uint8" and isinstance(values, torch.Tensor):
-            bad = (values < 0).flatten(1).any(1).numpy()
+            bad, what, cure = ~finite_rows(values), "not finite", _cure(spec)
+        elif isinstance(values, Tokens):
+            continue
+        elif low < 0 and spec.codec == "sqrt_uint8":
+            bad = _any_of_row(values < 0)
             what = "negative, which codec sqrt_uint8 cannot hold,"
             cure = "The codec was chosen for a first unit without any: extract into another cache with --dtype float16."
+        elif max(-low, high) > _LARGEST and spec.codec.endswith("int8"):
+            bad = _any_of_row(values.abs() > _LARGEST)
+            what = f"larger than {_LARGEST:g}, which codec {spec.codec} turns into inf,"
+            cure = "Extract into another cache with --dtype float32, or without the teacher's own masking of logits."
         else:
             continue
         first = keys[int(np.flatnonzero(bad)[0])]
         raise TeacherError(f"node '{spec.name}' is {what} for {int(bad.sum())} samples, first key '{first}'. {cure}")
 
 
+_LARGEST = 3.4e38  # step times number of steps, rounded, may exceed the largest float32 by a bit
+
+
+def _cure(spec: NodeSpec) -> str:
+    """What to do about values that are not finite."""
+    cure = "Check the teacher for these images; under [extract] autocast float16, it overflows at 65504: use bfloat16 "
+    cure += "or off, in another cache."
+    if spec.codec in HALF_DTYPES:
+        largest = torch.finfo(HALF_DTYPES[spec.codec]).max
+        cure += f" Codec {spec.codec} holds no more than {largest:.4g}: --dtype float32, in another cache, holds all."
+    return cure
+
+
+def _any_of_row(bad: torch.Tensor) -> npt.NDArray[np.bool_]:
+    rows: npt.NDArray[np.bool_] = bad.flatten(1).any(1).numpy()
+    return rows
+
+
 def finite_rows(values: Output) -> npt.NDArray[np.bool_]:
     """(n,) which samples have nothing but finite values."""
     if isinstance(values, Tokens):
         return finite_images(values)
-    rows: npt.NDArray[np.bool_] = torch.isfinite(values).flatten(1).all(1).numpy()
-    return rows
+    return ~_any_of_row(~torch.isfinite(values))
 
 
 def units_of_worker(num_shards: int, views: Sequence[int], index: int, count: int) -> list[UnitId]:
