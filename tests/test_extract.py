@@ -231,7 +231,7 @@ def test_every_change_of_the_fingerprint_is_refused(
     with pytest.raises(CacheMismatchError) as refused:
         run(make(**changes))
     assert expected in str(refused.value)
-    assert "Use another --cache" in str(refused.value)
+    assert "Use another cache" in str(refused.value)
     assert contents(tmp_path / "cache") == before
 
 

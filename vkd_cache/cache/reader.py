@@ -224,7 +224,10 @@ class Cache:
             CacheFormatError: they are, but not what the format says.
         """
         unit_id = UnitId(*unit) if isinstance(unit, tuple) else UnitId(unit, view)
-        record = self.record(*unit_id)
+        return Unit(unit_id, self.manifest, self.read_arrays(self.record(*unit_id), verify=verify))
+
+    def read_arrays(self, record: UnitRecord, *, verify: bool = True) -> dict[str, Array]:
+        """Every array of a unit as it is stored, by name; errors as `read`."""
         data = self.read_file(record, verify=verify)
         where = f"{self.url}/{record.files[0][0]}"
         try:
@@ -234,7 +237,7 @@ class Cache:
         num_rows = check_columns(arrays, self.manifest, where)
         if num_rows != record.num_samples:
             raise CorruptCacheError(f"{where}: found {num_rows} rows, the record says {record.num_samples}.")
-        return Unit(unit_id, self.manifest, arrays)
+        return arrays
 
     def read_file(self, record: UnitRecord, *, verify: bool = True) -> bytes:
         """The bytes of a unit's file, compared with its record.
@@ -265,6 +268,19 @@ class Cache:
         if self.manifest.head is None:
             return None
         where = f"{self.url}/{self.manifest.head['file']}"
+        data = self.head_file()
+        try:
+            tensors = safetensors.torch.load(data)
+            weight, bias = tensors["weight"], tensors["bias"]
+        except (SafetensorError, KeyError) as error:
+            raise CacheFormatError(f"{where}: expected tensors 'weight' and 'bias' ({error}).") from error
+        return weight, bias
+
+    def head_file(self) -> bytes:
+        """The bytes of the head's file; none without a head. Errors as `head`."""
+        if self.manifest.head is None:
+            return b""
+        where = f"{self.url}/{self.manifest.head['file']}"
         try:
             data = self.storage.get(self.manifest.head["file"])
         except FileNotFoundError as error:
@@ -275,12 +291,7 @@ class Cache:
                 f"{where}: found SHA-256 {digest}, the manifest says {self.manifest.head['sha256']}. "
                 "Restore it from a copy."
             )
-        try:
-            tensors = safetensors.torch.load(data)
-            weight, bias = tensors["weight"], tensors["bias"]
-        except (SafetensorError, KeyError) as error:
-            raise CacheFormatError(f"{where}: expected tensors 'weight' and 'bias' ({error}).") from error
-        return weight, bias
+        return data
 
 
 def find_cache(url: str) -> Cache | None:

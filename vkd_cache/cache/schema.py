@@ -297,7 +297,7 @@ class UnitRecord:
         broken: (key, row in the source shard, reason) of each image that could not be decoded, in row order.
         files: (path from the cache's root, bytes, xxh3_128 hexadecimal) of every file of the unit.
         fingerprint: of the cache's manifest.
-        origin: what the unit was converted from, JSON values; None: the teacher made it.
+        origin: what the unit was converted from, JSON values, see docs/format.md; None: the teacher made it.
     """
 
     shard: int
@@ -312,6 +312,11 @@ class UnitRecord:
     def num_bytes(self) -> int:
         """Bytes of the unit's files."""
         return sum(size for _, size, _ in self.files)
+
+    @property
+    def planned_in(self) -> tuple[int, ...]:
+        """Samples, broken ones included, of each group of rows that mixing was planned in; empty: all rows are one."""
+        return tuple(self.origin.get("planned_in", ())) if self.origin is not None else ()
 
     def to_bytes(self) -> bytes:
         """As the document that is stored."""
@@ -350,8 +355,17 @@ class UnitRecord:
                 for index, entry in enumerate(fields.entries("files"))
             ),
             fingerprint=fields.text("fingerprint"),
-            origin=fields.object("origin") if "origin" in fields.body else None,
+            origin=_checked_origin(fields),
         )
+
+
+def _checked_origin(fields: Fields) -> dict[str, Any] | None:
+    if "origin" not in fields.body:
+        return None
+    origin = Fields(fields.object("origin"), fields.where, "origin.")
+    if "planned_in" in origin.body:
+        origin.wholes("planned_in", 1, 2**32 - 1)
+    return origin.body
 
 
 def _file_entry(body: Any, where: str, path: str) -> tuple[str, int, str]:

@@ -55,9 +55,8 @@ class CacheWriter:
         columns: Mapping[str, Array],
         nodes: Mapping[str, torch.Tensor | Tokens],
         broken: Sequence[tuple[str, int, str]] = (),
-        origin: Mapping[str, Any] | None = None,
     ) -> UnitRecord:
-        """Store one unit, then its record: after that, and only then, it is published.
+        """Encode and store one unit, then its record: after that, and only then, it is published.
 
         Args:
             shard: number of the shard.
@@ -66,22 +65,39 @@ class CacheWriter:
             nodes: (n, ...) values of every node of the manifest, any floating dtype, any device; where its layout is
                 `tokens`, those of the n samples.
             broken: (key, row in the source shard, reason) of images without a row, in row order.
-            origin: what the unit was converted from, for its record.
 
         Raises:
             CacheFormatError: columns or nodes that are not what the manifest and the format say.
             CacheError: values that the node's codec cannot hold.
         """
-        unit = UnitId(shard, view)
         where = f"shard {shard} of view {view}"
-        arrays = {**columns, **self._encode(nodes, where)}
-        num_samples = check_columns(arrays, self.manifest, where)
+        return self.publish_arrays(UnitId(shard, view), {**columns, **self._encode(nodes, where)}, broken)
+
+    def publish_arrays(
+        self,
+        unit: UnitId,
+        arrays: Mapping[str, Array],
+        broken: Sequence[tuple[str, int, str]] = (),
+        origin: Mapping[str, Any] | None = None,
+    ) -> UnitRecord:
+        """`publish`, of nodes that are encoded already.
+
+        Args:
+            unit: which one.
+            arrays: the columns, and the arrays of every node as its codec stores them.
+            broken: as for `publish`.
+            origin: what the unit was converted from, for its record.
+
+        Raises:
+            CacheFormatError: arrays that are not what the manifest and the format say.
+        """
+        num_samples = check_columns(arrays, self.manifest, f"shard {unit.shard} of view {unit.view}")
         data = pack_unit(arrays, self.manifest)
         digest = xxhash.xxh3_128_hexdigest(data)
         path = unit_path(unit, self.manifest.backend, digest)
         record = UnitRecord(
-            shard=shard,
-            view=view,
+            shard=unit.shard,
+            view=unit.view,
             num_samples=num_samples,
             broken=tuple(broken),
             files=((path, len(data), digest),),
@@ -132,13 +148,18 @@ def create_cache(url: str, manifest: Manifest, head: Mapping[str, torch.Tensor] 
         CacheMismatchError: the cache there was made from something else; lists the fields with both values.
         CacheFormatError: what is there is not a cache, or `manifest` is not one.
     """
-    storage = open_storage(url)
     described, head_bytes = describe_head(head)
-    wanted = Manifest.from_json(dataclasses.replace(manifest, head=described).to_json(), f"{url}: new manifest")
+    return start_cache(url, dataclasses.replace(manifest, head=described), head_bytes)
+
+
+def start_cache(url: str, manifest: Manifest, head_file: bytes) -> CacheWriter:
+    """`create_cache`, of a manifest whose `head` entry says what is in `head_file`; errors as there."""
+    storage = open_storage(url)
+    wanted = Manifest.from_json(manifest.to_json(), f"{url}: new manifest")
     storage.prepare()
     if not storage.exists(MANIFEST_PATH):
-        if described is not None:
-            storage.put(described["file"], head_bytes)
+        if wanted.head is not None:
+            storage.put(wanted.head["file"], head_file)
         with contextlib.suppress(FileExistsError):  # another process was first; what it wrote is compared below
             storage.put(MANIFEST_PATH, seal(wanted.to_json()), exclusive=True)
     existing = read_manifest(storage)
@@ -174,7 +195,7 @@ def check_same(url: str, existing: Manifest, wanted: Manifest) -> None:
         lines[_SHOWN_DIFFERENCES:] = [f"  and {len(lines) - _SHOWN_DIFFERENCES} more fields"]
     raise CacheMismatchError(
         f"{url}: made from something else than this run asks for:\n" + "\n".join(lines) + "\n"
-        "Use another --cache, or the same settings, data and library versions."
+        "Use another cache, or the same settings, data and library versions."
     )
 
 
