@@ -15,7 +15,13 @@ from vkd_cache.errors import ConfigError
 from vkd_cache.fields import checked_value, option
 from vkd_cache.fields import suggestion as suggestion  # of this module for everybody else
 
-MAX_VIEWS = 10**9  # far beyond any run; what the names of a cache's files have room for
+# Far beyond any run, and small enough that a stranger's file that asks for as much is refused, not obeyed.
+MAX_VIEWS = 10**6
+MAX_CLASSES = 2**20
+MAX_SIDE_PX = 4096
+_MAX_BATCH = 2**20
+_MAX_WORKERS = 1024
+_MAX_FILE_BYTES = 2**22  # of a pipeline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +35,7 @@ class SourceConfig:
         "", "the same for evaluation; empty: val/ beside the training split, or COCO's, where there is one"
     )
     shard_size: int = option(
-        1024, "samples per shard of a folder or COCO source (tar shards keep their own)", minimum=2
+        1024, "samples per shard of a folder or COCO source (tar shards keep their own)", minimum=2, maximum=2**31
     )
 
 
@@ -47,7 +53,7 @@ class ViewsConfig:
         "views: a count N (views 0..N-1) or a range A:B (views A..B-1); empty: 1 to extract, and a fresh view for "
         "every epoch when training without a cache",
     )
-    size_px: int = option(224, "height and width of a view, pixels (not for detection)", minimum=8, maximum=4096)
+    size_px: int = option(224, "height and width of a view, pixels (not for detection)", minimum=8, maximum=MAX_SIDE_PX)
     seed: int = option(0, "cache seed: the root of every draw of the plan", minimum=0, maximum=2**63 - 1)
     flip_probability: float | None = option(
         None, "probability that a view is mirrored; empty: the recipe's own", minimum=0.0, maximum=1.0
@@ -89,9 +95,12 @@ class TeacherConfig:
     weights: str = option(
         "", "safetensors or torch file with its weights; empty: timm's pretrained weights (a detector needs a file)"
     )
-    num_classes: int = option(0, "classes of its head; 0: what the weights hold, else the source's", minimum=0)
+    num_classes: int = option(
+        0, "classes of its head; 0: what the weights hold, else the source's", minimum=0, maximum=MAX_CLASSES
+    )
     input_px: int = option(
-        0, "side of its input; 0: the view's own (others are resized on the device); not for a detector", minimum=0
+        0, "side of its input; 0: the view's own (others are resized on the device); not for a detector", minimum=0,
+        maximum=MAX_SIDE_PX,
     )
 
 
@@ -117,15 +126,19 @@ class CacheConfig:
         1.0, "share of each image's patch tokens to store (patch_1 to patch_4), a seeded sample", minimum=1e-4,
         maximum=1.0,
     )  # fmt: skip
-    block_samples: int = option(256, "samples per tar member of the webdataset backend", minimum=1)
+    block_samples: int = option(256, "samples per tar member of the webdataset backend", minimum=1, maximum=2**20)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
     """How the teacher is run."""
 
-    batch_size: int = option(64, "samples per teacher batch; even, so that mixed pairs stay together", minimum=2)
-    workers: int = option(2, "processes that decode and augment; 0: in the main process", minimum=0)
+    batch_size: int = option(
+        64, "samples per teacher batch; even, so that mixed pairs stay together", minimum=2, maximum=_MAX_BATCH
+    )
+    workers: int = option(
+        2, "processes that decode and augment; 0: in the main process", minimum=0, maximum=_MAX_WORKERS
+    )
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto takes the GPU of the local rank where there is one")
     autocast: str = option("off", "type of the teacher's autocast", choices=("off", "float16", "bfloat16"))
     channels_last: bool = option(False, "run the teacher in channels-last memory format")
@@ -184,8 +197,10 @@ class LossConfig:
 class TrainConfig:
     """How the student is trained."""
 
-    epochs: int = option(300, "passes over the data", minimum=1)
-    batch_size: int = option(512, "samples per step and process; even, so that mixed pairs stay together", minimum=2)
+    epochs: int = option(300, "passes over the data", minimum=1, maximum=MAX_VIEWS)
+    batch_size: int = option(
+        512, "samples per step and process; even, so that mixed pairs stay together", minimum=2, maximum=_MAX_BATCH
+    )
     lr: float = option(5e-4, "peak learning rate of AdamW", minimum=0.0)
     min_lr: float = option(5e-6, "learning rate at the end of the cosine", minimum=0.0)
     warmup_epochs: float = option(0.0, "linear warm-up from zero, epochs", minimum=0.0)
@@ -194,17 +209,19 @@ class TrainConfig:
     beta2: float = option(0.999, "AdamW beta 2", minimum=0.0, maximum=0.9999999)
     eps: float = option(1e-8, "AdamW epsilon", minimum=0.0)
     clip_grad: float = option(0.0, "gradient norm clip; 0: off", minimum=0.0)
-    accumulate: int = option(1, "batches per optimizer step", minimum=1)
+    accumulate: int = option(1, "batches per optimizer step", minimum=1, maximum=_MAX_BATCH)
     amp: str = option("off", "autocast of the student", choices=("off", "bf16", "fp16"))
     ema_decay: float = option(0.0, "decay of the weight average; 0: off", minimum=0.0, maximum=0.999999)
     compile: bool = option(False, "torch.compile the student")
     seed: int = option(0, "seed of the initial weights, the epoch order and dropout", minimum=0, maximum=2**63 - 1)
-    workers: int = option(2, "processes that decode and render; 0: in the main process", minimum=0)
+    workers: int = option(
+        2, "processes that decode and render; 0: in the main process", minimum=0, maximum=_MAX_WORKERS
+    )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     output: str = option("", "directory for checkpoints, logs and curves")
     resume: str = option("", "auto, or a checkpoint to continue from")
     live_teacher: bool = option(False, "run the teacher in memory instead of reading its cached features")
-    open_shards: int = option(8, "shards shuffled together", minimum=1)
+    open_shards: int = option(8, "shards shuffled together", minimum=1, maximum=_MAX_BATCH)
     digest_check: float = option(0.1, "share of replayed views whose digest is checked", minimum=0.0, maximum=1.0)
     log_every: int = option(10, "optimizer steps between log lines", minimum=1)
     checkpoint_every: int = option(0, "optimizer steps between checkpoints; 0: once an epoch", minimum=0)
@@ -216,8 +233,8 @@ class TrainConfig:
 class EvalConfig:
     """How a model is evaluated."""
 
-    batch_size: int = option(0, "samples per batch; 0: 128, or 8 for detection", minimum=0)
-    workers: int = option(2, "processes that decode; 0: in the main process", minimum=0)
+    batch_size: int = option(0, "samples per batch; 0: 128, or 8 for detection", minimum=0, maximum=_MAX_BATCH)
+    workers: int = option(2, "processes that decode; 0: in the main process", minimum=0, maximum=_MAX_WORKERS)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     crop_fraction: float = option(
         0.875, "side of the centre crop over the resized short side (224 of 256)", minimum=0.05, maximum=1.0
@@ -283,17 +300,29 @@ def load_config(pipeline: str | None = None, overrides: Mapping[str, Mapping[str
     problems: list[str] = []
     if pipeline is not None:
         path = find_pipeline(pipeline)
-        try:
-            document = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not a TOML file: {error}") from error
-        _read_document(document, str(path), values, problems)
+        _read_document(_read_toml(path), str(path), values, problems)
     for section, fields in (overrides or {}).items():
         given = {name: value for name, value in fields.items() if value is not None}
         _read_section(section, given, "command line", values, problems)
     if problems:
         raise ConfigError("\n".join(problems))
     return Config(**{section: SECTIONS[section](**fields) for section, fields in values.items()})
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}), expected a TOML file.") from error
+    if len(data) > _MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: more than {_MAX_FILE_BYTES} bytes, expected a TOML file of a few settings.")
+    try:
+        return tomllib.loads(data.decode("utf-8"))
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not a TOML file: nested too deep") from error
+    except ValueError as error:  # not TOML, not UTF-8, or a number of thousands of digits
+        raise ConfigError(f"{path}: not a TOML file: {error}") from error
 
 
 def config_to_json(config: Config) -> dict[str, Any]:

@@ -5,10 +5,11 @@ dict under any of several entries, and names carry the prefixes of whatever wrap
 """
 
 import argparse
+import mmap
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError  # only the exception of torch's restricted reader; nothing here unpickles
 from typing import Any
@@ -27,6 +28,8 @@ _WRAPPERS = ("module.", "_orig_mod.")  # left by DistributedDataParallel and ave
 _UPDATE_COUNT = "n_averaged"  # torch's AveragedModel counts its updates among the weights
 _DEEPEST = 4  # entries inside entries; a hostile file may nest without end
 _MAX_LISTED = 3
+
+_BYTEARRAY = b"\nbytearray\n"  # how a pickle names it
 
 Refusal = type[CheckpointError] | type[TeacherError]
 # what torch's reader meets in damaged bytes; it hands files called .safetensors on to that library
@@ -58,6 +61,7 @@ def read_weights_file(path: str | Path, refusal: Refusal) -> dict[str, Any]:
             f"{path}: cannot be read ({error.strerror or error}), expected a file of weights: safetensors or torch."
         ) from error
     content = _read_safetensors(path, refusal) if start[8:] == b"{" else _read_torch(path, refusal)
+    _refuse_phantoms(content, path, refusal)
     if not isinstance(content, Mapping):
         raise refusal(f"{path}: holds a {type(content).__name__}, expected a dictionary of weights by name.")
     return dict(content)
@@ -124,6 +128,7 @@ def _read_safetensors(path: Path, refusal: Refusal) -> dict[str, Tensor]:
 
 def _read_torch(path: Path, refusal: Refusal) -> object:
     try:
+        _refuse_bombs(path, refusal)
         # a Namespace holds values and runs nothing
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its remarks on other pickle protocols; what fails is told below
@@ -138,6 +143,53 @@ def _read_torch(path: Path, refusal: Refusal) -> object:
             f"{path}: neither a safetensors nor a torch file, or a damaged one ({_reason(error)})."
         ) from error
     return content
+
+
+def _refuse_bombs(path: Path, refusal: Refusal) -> None:
+    """Look for what would take more memory than the file has bytes while torch reads it."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+            if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise refusal(
+                    f"{path}: its entries are compressed ({_shortly(packed) or 'or overlap'}), as torch never writes "
+                    "them. Save it again with torch, best as safetensors."
+                )
+            pickles = [archive.read(entry) for entry in entries if entry.filename.endswith(".pkl")]
+        makes_arrays = any(_BYTEARRAY in content for content in pickles)
+    else:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            makes_arrays = content.find(_BYTEARRAY) >= 0
+    if makes_arrays:
+        raise refusal(f"{path}: asks for a bytearray of any size, which no weights need. Save its state dict alone.")
+
+
+def _refuse_phantoms(content: object, path: Path, refusal: Refusal) -> None:
+    """Refuse tensors whose numbers are not in the file: a few bytes can claim any shape, and networks follow it."""
+    file_bytes = path.stat().st_size
+    for value in _tensors_within(content):
+        plain = value.layout == torch.strided and value.device.type == "cpu"
+        plain = plain and not (value.is_quantized or value.is_nested)
+        if plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes() <= file_bytes:
+            continue
+        raise refusal(
+            f"{path}: holds a tensor of shape {tuple(value.shape)} whose numbers are not all in the file ({file_bytes} "
+            "bytes), or which is not a plain one. Save its state dict again, each tensor contiguous and dense."
+        )
+
+
+def _tensors_within(content: object) -> Iterator[Tensor]:
+    """Every tensor in nested dictionaries and lists, which may contain themselves."""
+    pending, seen = [content], set[int]()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (Mapping, list, tuple, set, argparse.Namespace)) and id(value) not in seen:
+            seen.add(id(value))
+            inner = vars(value) if isinstance(value, argparse.Namespace) else value
+            pending.extend(inner.values() if isinstance(inner, Mapping) else inner)
 
 
 def _reason(error: Exception) -> str:

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from vkd_cache.config import ViewsConfig
+from vkd_cache.config import MAX_SIDE_PX, ViewsConfig
 from vkd_cache.errors import CacheFormatError, ConfigError
 from vkd_cache.views.geometry import DetectionGeometry, geometry_problems
 
@@ -20,7 +20,6 @@ Colour = Literal["three_augment", "rand_augment", "none"]
 Decoder = Literal["pillow"]
 Interpolation = Literal["bicubic", "bilinear"]
 
-_MAX_SIDE_PX = 65_535  # erase and mix boxes are stored as uint16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,7 +183,7 @@ def _problems(recipe: Recipe) -> list[str]:
         if not good:
             found.append(f"{name}: found {getattr(recipe, name)}, expected {expected}")
 
-    check("size_px", 1 <= recipe.size_px <= _MAX_SIDE_PX, f"1 to {_MAX_SIDE_PX} pixels")
+    check("size_px", 1 <= recipe.size_px <= MAX_SIDE_PX, f"1 to {MAX_SIDE_PX} pixels")
     check("crop_fraction", 0.0 < recipe.crop_fraction <= 1.0, "more than 0 and at most 1")
     for name in ("flip_probability", "op_probability", "erase_probability", "mix_probability", "cutmix_switch"):
         check(name, 0.0 <= getattr(recipe, name) <= 1.0, "a probability")
