@@ -6,6 +6,7 @@
     │   └── BrokenImageError     one image that cannot be decoded; recorded, never fatal unless strict
     ├── CacheError
     │   ├── CacheFormatError     not a cache, or a format version we do not know
+    │   │   └── CacheVersionError    whole, but of a newer format version
     │   ├── CacheMismatchError   a cache made from something else than this run asks for
     │   ├── IncompleteCacheError units that this run needs are not published
     │   └── CorruptCacheError    bytes that are not what was published, or pixels that are not what the teacher saw
@@ -44,6 +45,10 @@ class CacheError(VkdCacheError):
 
 class CacheFormatError(CacheError):
     """Not a cache, or one of an unknown format version."""
+
+
+class CacheVersionError(CacheFormatError):
+    """A document of a newer format version, as it was written: nothing is damaged."""
 
 
 class CacheMismatchError(CacheError):

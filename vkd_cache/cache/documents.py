@@ -4,6 +4,7 @@ A document is canonical bytes: sorted keys, one-space indent, ASCII, a final new
 newcomer's trap: editing one by hand, even its white space, breaks the seal on purpose.
 """
 
+import contextlib
 import json
 import reprlib
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from vkd_cache.errors import CacheFormatError, CorruptCacheError
+from vkd_cache.errors import CacheFormatError, CacheVersionError, CorruptCacheError
 
 FORMAT_VERSION = 1
 SEAL = "xxh3_128"
@@ -41,7 +42,8 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
         where: the document's address, for messages.
 
     Raises:
-        CacheFormatError: not a JSON object, or of a format version that this release does not know.
+        CacheFormatError: not a JSON object, or of a format version that this release does not know
+            (CacheVersionError, where it is as it was written).
         CorruptCacheError: changed since it was written.
     """
     if len(data) > MAX_DOCUMENT_BYTES:
@@ -54,35 +56,41 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
         raise CacheFormatError(f"{where}: found JSON nested more than {_DEEPEST} deep. Is this a cache?")
     if not isinstance(body, dict):
         raise CacheFormatError(f"{where}: found a JSON {type(body).__name__}, expected an object. Is this a cache?")
-    check_version(body, where)
-    found = body.pop(SEAL, None)
-    try:
+    found, expected = body.pop(SEAL, None), ""
+    with contextlib.suppress(ValueError, RecursionError):  # of what cannot be written back
         expected = xxhash.xxh3_128_hexdigest(canonical(body))
-        intact = found == expected and canonical({**body, SEAL: found}) == data
-    except (ValueError, RecursionError) as error:
-        raise CacheFormatError(f"{where}: found a document that cannot be written back ({error}).") from error
+    intact = bool(expected) and found == expected and canonical({**body, SEAL: found}) == data
+    check_version(body, where, intact=intact)
     if not intact:
         raise CorruptCacheError(
-            f"{where}: changed since it was written: found checksum {found!r}, expected '{expected}'. "
+            f"{where}: changed since it was written: found checksum {_short(found)}, expected {expected!r}. "
             "Restore the file, or delete it and extract again."
         )
     return body
 
 
-def check_version(body: Mapping[str, Any], where: str) -> None:
+def check_version(body: Mapping[str, Any], where: str, *, intact: bool = True) -> None:
     """Refuse a document of another format version than ours, with what to do about it.
 
+    Args:
+        body: the document.
+        where: its address, for messages.
+        intact: whether its seal fits. Every version keeps the seal, so one that does not fit means damage.
+
     Raises:
-        CacheFormatError: the version is missing, not a number, or not one that we read.
+        CacheFormatError: the version is missing or not a number.
+        CacheVersionError: it is one that we do not read, in a document that is as it was written.
     """
     found = body.get("format_version")
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise CacheFormatError(f"{where}: format_version: found {found!r}, expected {FORMAT_VERSION}. Is this a cache?")
-    if found > FORMAT_VERSION:
         raise CacheFormatError(
-            f"{where}: found format version {found}, this vkd-cache reads version {FORMAT_VERSION}. "
-            "Upgrade vkd-cache to read this cache."
+            f"{where}: format_version: found {_short(found)}, expected {FORMAT_VERSION}. Is this a cache?"
         )
+    if found > FORMAT_VERSION:
+        message = f"{where}: found format version {_short(found)}, this vkd-cache reads version {FORMAT_VERSION}. "
+        if not intact:
+            raise CacheFormatError(f"{message}Upgrade vkd-cache, or restore the file: its checksum does not fit.")
+        raise CacheVersionError(f"{message}Upgrade vkd-cache to read this cache.")
 
 
 def _is_deeper(value: object, levels: int) -> bool:
