@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from vkd_cache.errors import ConfigError, SourceError
+from vkd_cache.errors import BrokenImageError, ConfigError, SourceError
 from vkd_cache.sources.findings import Findings, Problem
 from vkd_cache.sources.keys import PackedShards, hash_order, key_problem, shown
 from vkd_cache.sources.shard import Shard
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
+MAX_IMAGE_BYTES = 2**30
 
 _EMPTY_CLASS = Problem(
     "class folders without images (jpg, jpeg, png, webp)",
@@ -140,14 +141,27 @@ def read_image(path: Path, location: str) -> bytes:
 
     Raises:
         SourceError: it is there no more, or cannot be read.
+        BrokenImageError: it is far too large to be an image.
     """
     try:
-        return path.read_bytes()
+        with path.open("rb", buffering=0) as file:
+            check_image_bytes(os.fstat(file.fileno()).st_size)
+            return file.readall()
     except OSError as error:
         raise SourceError(
             f"{path}: cannot be read ({error.strerror}); it was there when {location} was scanned. "
             "Restore it, and start again: samples are never dropped silently."
         ) from error
+
+
+def check_image_bytes(num_bytes: int) -> None:
+    """Refuse what no decoder would take, before it is read: a sparse file may claim more than there is memory.
+
+    Raises:
+        BrokenImageError: more than MAX_IMAGE_BYTES.
+    """
+    if num_bytes > MAX_IMAGE_BYTES:
+        raise BrokenImageError(f"file of more than {MAX_IMAGE_BYTES} bytes")
 
 
 def file_names(folder: Path) -> set[str]:

@@ -1,6 +1,7 @@
 """From what a user writes after `--source` to an opened source."""
 
 import glob
+import itertools
 import os
 import re
 from collections import Counter
@@ -18,6 +19,8 @@ from vkd_cache.sources.shard import Source
 from vkd_cache.sources.tars import TarSource
 
 _SPLITS = ("train", "val", "test")
+_MAX_TARS = 2**20
+_NUMBERS = re.compile(r"\{(-?\d+)\.\.(-?\d+)[.}]")
 _COCO_FOLDER = re.compile(r"(train|val)20\d\d")
 
 
@@ -75,10 +78,14 @@ def expand_pattern(pattern: str) -> list[str]:
     """
     if Path(pattern).is_file():
         return [pattern]
+    if _num_named(pattern) > _MAX_TARS:
+        raise SourceError(f"{pattern}: names more than {_MAX_TARS} tars. Check the numbers in the braces.")
     try:
-        parts = list(braceexpand.braceexpand(pattern))
-    except ValueError as error:
+        parts = list(itertools.islice(braceexpand.braceexpand(pattern), _MAX_TARS + 1))
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{pattern}: braces do not match, expected for example train-{{000..146}}.tar.") from error
+    if len(parts) > _MAX_TARS:
+        raise SourceError(f"{pattern}: names more than {_MAX_TARS} tars. Check the numbers in the braces.")
     paths = [path for part in parts for path in _expand_glob(expand_home(part))]
     missing = [path for path in paths if not Path(path).is_file()]
     if missing:
@@ -90,6 +97,16 @@ def expand_pattern(pattern: str) -> list[str]:
     if twice:
         raise SourceError(f"{pattern}: names {len(twice)} tars twice: {first_few(twice)}. Name each once.")
     return paths
+
+
+def _num_named(pattern: str) -> int:
+    """How many tars the ranges of numbers in a pattern stand for: braceexpand makes them all, however many."""
+    named = 1
+    for first, last in _NUMBERS.findall(pattern):
+        if max(len(first), len(last)) > 18:
+            return _MAX_TARS + 1
+        named *= abs(int(last) - int(first)) + 1
+    return named
 
 
 def _expand_glob(part: str) -> Iterator[str]:

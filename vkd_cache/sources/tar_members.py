@@ -199,12 +199,14 @@ def _text(field: bytes) -> str:
 def _pax_records(data: bytes) -> dict[str, str]:
     """`17 path=name\\n` records, each led by its own length; a record that does not hold together ends the list."""
     records: dict[str, str] = {}
-    while data:
-        length, blank, _ = data.partition(b" ")
-        if not (blank and length.isdigit() and len(length) < 8) or not len(length) < int(length) <= len(data):
+    start = 0
+    while start < len(data):
+        blank = data.find(b" ", start, start + 8)
+        length = data[start:blank] if blank > start else b""
+        if not length.isdigit() or not len(length) < int(length) <= len(data) - start:
             break
-        field, equals, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        field, equals, value = data[blank + 1 : start + int(length) - 1].partition(b"=")
         if equals:
             records[_text(field)] = value.decode("utf-8", "surrogateescape")
-        data = data[int(length) :]
+        start += int(length)
     return records

@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from vkd_cache.config import MAX_CLASSES
 from vkd_cache.errors import SourceError
 from vkd_cache.sources.findings import Findings, Problem, first_few
-from vkd_cache.sources.folder import IMAGE_EXTENSIONS
+from vkd_cache.sources.folder import IMAGE_EXTENSIONS, check_image_bytes
 from vkd_cache.sources.keys import PackedShards, hash_order, key_problem, shown
 from vkd_cache.sources.labels import parse_label
 from vkd_cache.sources.shard import Shard
@@ -75,6 +76,11 @@ class TarSource:
         self._num_bytes: npt.NDArray[np.uint64] = np.asarray(index.num_bytes, dtype=np.uint64)
         labels = np.asarray(index.labels, dtype=np.uint32)
         self.num_classes = int(labels.max()) + 1
+        if self.num_classes > MAX_CLASSES:
+            raise SourceError(
+                f"{shown(self.location)}: the largest label is {self.num_classes - 1}, at most {MAX_CLASSES - 1} is "
+                "expected: a network has one output for each from 0 on. Number the classes from 0."
+            )
         self._packed = PackedShards(
             [os.path.basename(path) for path in paths],  # noqa: PTH119 - a string is all we have
             (index.keys[first:last] for first, last in index.bounds()),
@@ -89,6 +95,7 @@ class TarSource:
         reader = self._open.get(shard) or self._reader(shard)
         found, expected = reader.current_bytes(), self._tar_bytes[shard]
         num_bytes = int(self._num_bytes[sample])
+        check_image_bytes(num_bytes)
         data = reader.read(int(self._offsets[sample]), num_bytes) if found == expected else b""
         if found != expected or len(data) != num_bytes:
             raise SourceError(
