@@ -7,6 +7,7 @@ them, the next one overwrites or removes them, and no reader ever looks at them.
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,15 @@ from vkd_cache.cache.reader import MANIFEST_PATH, Cache, Unit
 from vkd_cache.cache.schema import UnitRecord
 from vkd_cache.cache.storage import TEMPORARY
 from vkd_cache.cache.units import UnitId, is_detection, record_path, unit_of_record
-from vkd_cache.errors import CacheError
+from vkd_cache.errors import CacheError, CacheMismatchError, CacheVersionError, CorruptCacheError, IncompleteCacheError
+
+
+class Fault(Enum):
+    """Whose fault an error is, which decides what mends it."""
+
+    DAMAGE = "what lies there is worth nothing: dropped, the same extraction makes it again"
+    FOREIGN = "whole, but a unit of another cache"
+    ELSEWHERE = "not the file's own: dropping it would mend nothing"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +36,13 @@ class Finding:
         where: path from the cache's root.
         message: what was found, what was expected, what to do.
         is_error: False for leftovers that harm nobody.
+        fault: whose fault an error is.
     """
 
     where: str
     message: str
     is_error: bool = True
+    fault: Fault = Fault.ELSEWHERE
 
 
 def check_structure(cache: Cache, dataset: Mapping[str, Any] | None = None) -> Iterator[Finding]:
@@ -39,7 +50,8 @@ def check_structure(cache: Cache, dataset: Mapping[str, Any] | None = None) -> I
 
     Args:
         cache: the cache.
-        dataset: identity of the data set that it should belong to, as the manifest has it; None: not compared.
+        dataset: identity of the data set that it should belong to, as the manifest has it; None: not compared. Fields
+            of the manifest's that it lacks are a later release's, and tolerated.
     """
     yield from check_layout(cache, dataset)
     for unit in cache.units:
@@ -48,23 +60,36 @@ def check_structure(cache: Cache, dataset: Mapping[str, Any] | None = None) -> I
 
 def check_layout(cache: Cache, dataset: Mapping[str, Any] | None = None) -> Iterator[Finding]:
     """What is wrong outside the units: another data set, the teacher's head, files that do not belong."""
-    if dataset is not None:
-        for field in sorted(dataset.keys() | cache.manifest.dataset.keys()):
-            if dataset.get(field) != cache.manifest.dataset.get(field):
-                yield Finding(
-                    where=MANIFEST_PATH,
-                    message=f"dataset.{field} is not that of the given source. Give the source it was made from.",
-                )
-    try:
-        cache.head()
-    except CacheError as error:
-        yield Finding(where=str((cache.manifest.head or {})["file"]), message=str(error))
+    for field in sorted(dataset or {}):
+        if (dataset or {})[field] != cache.manifest.dataset.get(field):
+            yield Finding(
+                where=MANIFEST_PATH,
+                message=f"dataset.{field} is not that of the given source. Give the source it was made from.",
+            )
+    yield from check_head(cache)
     abandoned = frozenset(cache.storage.abandoned())
     published = set(_unit_files(cache))
     for path in cache.storage.paths(""):
         finding = _stray(path, cache, published, abandoned)
         if finding is not None:
             yield finding
+
+
+def check_head(cache: Cache) -> Iterator[Finding]:
+    """What is wrong with the teacher's head, where the manifest names one."""
+    try:
+        cache.head()
+    except (CacheError, OSError) as error:
+        # one that fits its checksum and is no head is what the manifest asks for: another would not fit
+        fault = Fault.DAMAGE if isinstance(error, CorruptCacheError) else Fault.ELSEWHERE
+        yield Finding(where=str((cache.manifest.head or {})["file"]), message=_text(error), fault=fault)
+
+
+def _text(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}cannot be read ({error.strerror or error}). What is in it nobody knows: try again, as its owner."
 
 
 def _unit_files(cache: Cache) -> Iterator[str]:
@@ -98,12 +123,21 @@ def check_unit(cache: Cache, unit: UnitId) -> Iterator[Finding]:
         record = cache.record(*unit)
         path = record.files[0][0]
         content = cache.read(*unit)
-    except CacheError as error:
-        yield Finding(where=path, message=str(error))
+    except IncompleteCacheError:
+        yield Finding(where=path, message="was published a moment ago, and is not any more.", is_error=False)
+        return
+    except (CacheError, OSError) as error:
+        yield Finding(where=path, message=_text(error), fault=_fault_of(error))
         return
     problems = [*_record_problems(cache, record), *_row_problems(cache, record, content)]
     problems += [*_mixing_problems(content), *_node_problems(cache, content)]
-    yield from (Finding(where=path, message=message) for message in problems)
+    yield from (Finding(where=path, message=message, fault=Fault.DAMAGE) for message in problems)
+
+
+def _fault_of(error: Exception) -> Fault:
+    if isinstance(error, CacheMismatchError):
+        return Fault.FOREIGN
+    return Fault.ELSEWHERE if isinstance(error, (CacheVersionError, OSError)) else Fault.DAMAGE
 
 
 def _record_problems(cache: Cache, record: UnitRecord) -> Iterator[str]:
@@ -191,7 +225,7 @@ def _token_problems(unit: Unit, name: str) -> Iterator[str]:
         if tokens.index is not None:
             continue  # the statistics are those of all tokens, and only a sample is here
         bound = unit.rounding(name, slice(row, row + 1))
-        if tokens.scale is not None:
+        if bound.stride(1) == 0:
             bound = bound[:, :1]  # the same for all channels
         norm = bound.square().sum(0).double().sqrt()
         slack = bound.sum(0).double() + _SUM_NOISE * size

@@ -8,7 +8,7 @@ Shape legend: n rows of the unit, K operations of the recipe.
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -73,6 +73,12 @@ def unit_path(unit: UnitId, backend: str, digest: str) -> str:
         digest: xxh3_128 of the file's bytes, hexadecimal.
     """
     return f"units/view-{unit.view:04d}/shard-{unit.shard:06d}-{digest[:_UNIT_DIGITS]}{_SUFFIXES[backend]}"
+
+
+def files_of_unit(unit: UnitId, paths: Iterable[str]) -> list[str]:
+    """Those of `paths` that are files of this unit, named by a record or not."""
+    start = f"units/view-{unit.view:04d}/shard-{unit.shard:06d}-"
+    return [path for path in paths if path.startswith(start)]
 
 
 def record_path(unit: UnitId) -> str:

@@ -106,6 +106,8 @@ class CacheWriter:
         )
         self._storage.put(path, data)
         self._storage.put(record_path(unit), record.to_bytes())
+        if not self._storage.exists(path):  # a repair has just removed a damaged file of the same name (see `repair`)
+            self._storage.put(path, data)
         return record
 
     def write_run_log(self, name: str, data: bytes) -> None:
@@ -145,7 +147,8 @@ def create_cache(url: str, manifest: Manifest, head: Mapping[str, torch.Tensor] 
         head: `weight` (K, C) and `bias` (K,) of the teacher's linear head, where logits are linear in `pooled`.
 
     Raises:
-        CacheMismatchError: the cache there was made from something else; lists the fields with both values.
+        CacheMismatchError: the cache there was made from something else; lists the fields with both values. Or units
+            are there that belong to another manifest than this one, which was lost.
         CacheFormatError: what is there is not a cache, or `manifest` is not one.
     """
     described, head_bytes = describe_head(head)
@@ -158,13 +161,37 @@ def start_cache(url: str, manifest: Manifest, head_file: bytes) -> CacheWriter:
     wanted = Manifest.from_json(manifest.to_json(), f"{url}: new manifest")
     storage.prepare()
     if not storage.exists(MANIFEST_PATH):
+        _refuse_foreign_units(storage, wanted)
         if wanted.head is not None:
             storage.put(wanted.head["file"], head_file)
         with contextlib.suppress(FileExistsError):  # another process was first; what it wrote is compared below
             storage.put(MANIFEST_PATH, seal(wanted.to_json()), exclusive=True)
     existing = read_manifest(storage)
     check_same(storage.url, existing, wanted)
+    if wanted.head is not None and not storage.exists(wanted.head["file"]):  # lost, or dropped by a repair
+        storage.put(wanted.head["file"], head_file)
     return CacheWriter(storage, existing)
+
+
+def _refuse_foreign_units(storage: Storage, wanted: Manifest) -> None:
+    """Where a manifest was lost, let only the same one take its place: its units are still there.
+
+    Raises:
+        CacheMismatchError: units of another one.
+    """
+    cache = Cache(storage, wanted)
+    for unit in cache.units:
+        try:
+            cache.record(*unit)
+        except CacheMismatchError as error:
+            raise CacheMismatchError(
+                f"{storage.url}: found units without {MANIFEST_PATH}, and this run would not make the one that they "
+                f"belong to ({error}). Restore {MANIFEST_PATH}, use the same settings, data and library versions as "
+                "before, or another --cache."
+            ) from error
+        except CacheError:
+            continue  # damaged: says nothing
+        return
 
 
 def describe_head(head: Mapping[str, torch.Tensor] | None) -> tuple[dict[str, Any] | None, bytes]:
