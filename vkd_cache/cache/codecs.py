@@ -22,6 +22,7 @@ from vkd_cache.cache.rounding import (
     half_step,
     token_int8,
     with_inverse,
+    with_passed,
 )
 from vkd_cache.cache.schema import NodeSpec
 from vkd_cache.cache.token_codecs import choose_token_codec, token_arrays
@@ -124,11 +125,17 @@ def rounding_bound(
     values = decode_node(spec, arrays, rows).to(torch.float32)
     if spec.codec == "token_int8":
         scale = as_tensor(arrays[".scale"][slice(None) if rows is None else rows])
-        return (0.5 * scale).expand(values.shape)
-    if spec.codec == "sqrt_uint8":  # (q + 1/2)^2 - q^2 steps
+        bound = (0.5 * scale).expand(values.shape)
+    elif spec.codec == "sqrt_uint8":  # (q + 1/2)^2 - q^2 steps
         scale = as_tensor(arrays[".scale"]).reshape([1, -1] + [1] * (values.ndim - 2))
-        return (values * scale).sqrt_().add_(0.25 * scale)
-    return half_step(values, spec.codec)
+        bound = (values * scale).sqrt_().add_(0.25 * scale)
+    else:
+        bound = half_step(values, spec.codec)
+    largest = None
+    if "sqrt_uint8" in spec.passed and len(arrays[""]):
+        whole = decode_node(spec, arrays).to(torch.float32)
+        largest = whole.amax([axis for axis in range(whole.ndim) if axis != 1], keepdim=True)
+    return with_passed(bound, values, spec.passed, largest)
 
 
 def resolve_codec(
@@ -202,6 +209,15 @@ def choose_codec(
         if all(within.values()):
             return codec, measured
     return "float32", dict.fromkeys(measured, 0.0)
+
+
+_MEASURED_SAMPLES = 256  # enough for a stable loss effect, and seconds on a CPU
+_MEASURED_TOKENS = 2**17  # the same for tokens of all nodes: about ten images at 800 px
+
+
+def enough_to_measure(num_samples: int, num_tokens: int) -> bool:
+    """Whether codecs can be decided on so many samples of the first unit, or on so many tokens of all its nodes."""
+    return num_samples >= _MEASURED_SAMPLES or num_tokens >= _MEASURED_TOKENS
 
 
 # Relative effects below which a codec is taken for float32; DESIGN's figures for 8 bits are 0.0043 and 0.00003.

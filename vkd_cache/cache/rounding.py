@@ -6,6 +6,8 @@ has no bfloat16, so its 16 bits travel as uint16.
 Shape legend: n rows (samples or tokens), C channels.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -51,6 +53,31 @@ def half_step(values: torch.Tensor, codec: str) -> torch.Tensor:
     return values.abs().mul_(relative).add_(smallest)
 
 
+def with_passed(
+    bound: torch.Tensor, values: torch.Tensor, passed: Sequence[str], largest: torch.Tensor | None = None
+) -> torch.Tensor:
+    """How far values may be from the teacher's, where a conversion led them through other codecs before.
+
+    Args:
+        bound: (n, C, ...) how far the last codec may have moved them.
+        values: (n, C, ...) float32, as they are now.
+        passed: the codecs before the last one, in order.
+        largest: (1, C, ...) of each channel of the unit; needed for `sqrt_uint8`. A unit that was cut anew may have had
+            larger ones, so that this is what can be told from here, no more.
+    """
+    for codec in reversed(passed):
+        reach = values.abs() + bound
+        if codec == "token_int8":
+            step = reach.amax(1, keepdim=True) / 254.0
+        elif codec == "sqrt_uint8" and largest is not None:  # (q + 1/2)^2 - q^2 steps
+            scale = largest / 255.0**2
+            step = (reach * scale).sqrt_() + 0.25 * scale
+        else:
+            step = half_step(reach, codec)
+        bound = bound + step
+    return bound
+
+
 def token_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Per row (and position): value = q * scale with q in -127..127 and scale = largest magnitude / 127.
 
@@ -60,11 +87,12 @@ def token_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         (n, C, ...) int8 and (n, 1, ...) float32 scale.
     """
+    steps = torch.full((), 127.0, device=values.device)  # by a number, a GPU multiplies with its rounded inverse
     stored = torch.empty(values.shape, dtype=torch.int8, device=values.device)
     scale = torch.empty((len(values), 1, *values.shape[2:]), dtype=torch.float32, device=values.device)
     for rows in blocks(values):
         block = values[rows].to(torch.float32)
-        scale[rows], inverse = with_inverse(block.abs().amax(1, keepdim=True) / 127.0)
+        scale[rows], inverse = with_inverse(block.abs().amax(1, keepdim=True) / steps)
         stored[rows] = (block * inverse).round_().clamp_(-127, 127)
     return stored, scale
 

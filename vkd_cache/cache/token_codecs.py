@@ -14,7 +14,16 @@ import numpy.typing as npt
 import torch
 
 from vkd_cache.cache.arrays import Array, check_array, column_of
-from vkd_cache.cache.rounding import CODEC_ARRAYS, FLOATS, as_array, as_tensor, finite, half_step, token_int8
+from vkd_cache.cache.rounding import (
+    CODEC_ARRAYS,
+    FLOATS,
+    as_array,
+    as_tensor,
+    finite,
+    half_step,
+    token_int8,
+    with_passed,
+)
 from vkd_cache.cache.schema import NodeSpec
 from vkd_cache.errors import CacheError, CacheFormatError
 from vkd_cache.tokens import Tokens
@@ -122,8 +131,10 @@ def tokens_rounding_bound(spec: NodeSpec, arrays: Mapping[str, Array], rows: Row
     """(T, C) float32: how far each value of `decode_tokens(...).dense()` may be from the one that was encoded."""
     tokens = decode_tokens(spec, arrays, rows)
     if tokens.scale is not None:
-        return (0.5 * tokens.scale).expand(tokens.values.shape)
-    return half_step(tokens.values.to(torch.float32), spec.codec)
+        bound = (0.5 * tokens.scale).expand(tokens.values.shape)
+    else:
+        bound = half_step(tokens.values.to(torch.float32), spec.codec)
+    return with_passed(bound, tokens.dense().to(torch.float32), spec.passed) if spec.passed else bound
 
 
 def check_tokens(columns: Mapping[str, Array], spec: NodeSpec, num_rows: int, where: str) -> None:

@@ -116,10 +116,11 @@ def compare(config: Config, *, steps: int) -> CompareReport:
     cached, live = run.supply(live=False), run.supply(live=True)
     _check_teacher(run.cached, live)
     lockstep, gradient, cosine = _lockstep(run, cached, live, steps)
+    stored = [run.cached.manifest.node(name) for name in cached.nodes]
     report = CompareReport(
         steps=steps,
         codecs={node.name: node.codec for node in run.cached.manifest.nodes},
-        bound=max(BOUNDS[run.cached.manifest.node(name).codec] for name in cached.nodes),
+        bound=max(BOUNDS[codec] for node in stored for codec in (*node.passed, node.codec)),
         lockstep=lockstep,
         gradient=gradient,
         gradient_cosine=cosine,

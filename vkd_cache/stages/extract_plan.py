@@ -99,7 +99,9 @@ class ExtractPlan:
         for name, shape in self.run.teacher.node_shapes.items():
             spec = stored.get(name)
             if spec is not None and spec.dtype == dtype:
-                nodes.append(dataclasses.replace(spec, shape=shape, tokens=share_of(name, self.config.cache)))
+                # values that came another way (by conversion) and the teacher's own do not belong together
+                share = share_of(name, self.config.cache)
+                nodes.append(dataclasses.replace(spec, shape=shape, tokens=share, passed=()))
             elif dtype not in ("auto", "uint8"):
                 nodes.append(self._spec(name, dtype))
             elif existing is not None:  # refused anyway for its dtype: no need to find out the codec

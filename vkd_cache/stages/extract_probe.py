@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vkd_cache.cache.codecs import enough_to_measure
 from vkd_cache.cache.units import UnitId
 from vkd_cache.errors import SourceError, TeacherError, VkdCacheError
 from vkd_cache.sources import Source
@@ -21,14 +22,11 @@ from vkd_cache.stages.units import Output, finite_rows, unit_tasks
 from vkd_cache.tokens import Tokens, join_tokens
 from vkd_cache.views.recipe import Recipe
 
-PROBE_SAMPLES = 256  # of the first unit: enough for a stable loss effect, and seconds on a CPU
-PROBE_TOKENS = 2**17  # the same for tokens of all nodes: about ten images at 800 px
-
 
 def probe_teacher(source: Source, recipe: Recipe, seed: int, run: TeacherRun) -> dict[str, Output]:
     """Node values (n, ...) or tokens of n images of the first unit that has any.
 
-    As many batches as it takes for PROBE_SAMPLES samples or PROBE_TOKENS tokens. Broken images, unreadable files and
+    As many batches as it takes (`enough_to_measure`). Broken images, unreadable files and
     features that are not finite are left out: the units they belong to will tell.
 
     Raises:
@@ -81,7 +79,7 @@ def _finite_part(outputs: Mapping[str, Output], ok: npt.NDArray[np.bool_]) -> di
 def _enough(found: Sequence[Mapping[str, Output]]) -> bool:
     samples = sum(len(next(iter(part.values()))) for part in found)
     tokens = sum(len(values.values) for part in found for values in part.values() if isinstance(values, Tokens))
-    return samples >= PROBE_SAMPLES or tokens >= PROBE_TOKENS
+    return enough_to_measure(samples, tokens)
 
 
 def _together(parts: Sequence[Output]) -> Output:
