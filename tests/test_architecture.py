@@ -22,7 +22,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 # arrows go down, or stay inside one part
 LEVELS = {"__main__": 4, "cli": 3, "stages": 2}
 LEVELS |= dict.fromkeys(("console", "config", "fields", "errors", "runtime", "weights"), 0)
-LEVELS |= dict.fromkeys(("remote", "remote_faults", "local_copies"), 0)
+LEVELS |= dict.fromkeys(("remote", "remote_faults", "urls", "local_copies"), 0)
 PARTS_LEVEL = 1  # cache, sources, views, teachers, students, losses, ...
 SIDEWAYS = {
     ("cache", "vkd_cache.views.params"),
@@ -52,7 +52,11 @@ SIDEWAYS = {
     ("runtime", "vkd_cache.errors"),
     ("remote", "vkd_cache.errors"),
     ("remote", "vkd_cache.remote_faults"),
+    ("remote", "vkd_cache.urls"),
+    ("urls", "vkd_cache.errors"),
+    ("config", "vkd_cache.urls"),
     ("local_copies", "vkd_cache.errors"),
+    ("local_copies", "vkd_cache.runtime"),
     ("weights", "vkd_cache.errors"),
     ("weights", "vkd_cache.runtime"),
     ("console", "vkd_cache.errors"),

@@ -1,27 +1,28 @@
 """Objects behind a URL that fsspec knows, such as `s3://bucket/folder`: bounded retries, whole puts, no stale listings.
 
 A newcomer's trap: a request whose answer is lost may have been carried out. So everything here can be repeated, and an
-exclusive put that finds its name taken on a repeated attempt compares the content before it says that somebody else
-was first. Retries live here alone: botocore's and s3fs's own are off, unless the user's fsspec configuration asks for
-them, so that the bounds in docs/storage.md are the real ones.
+exclusive put that finds its name taken compares the content before it says that somebody else was first. Retries live
+here alone: botocore's and s3fs's own are off, unless the user's fsspec configuration asks for them, so that the bounds
+in docs/storage.md are the real ones.
 """
 
 import contextlib
 import dataclasses
 import os
-import re
 import socket
 import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
-from urllib.parse import parse_qsl
 
 import numpy as np
 
 from vkd_cache.errors import ConfigError, StorageError
 from vkd_cache.remote_faults import code_of, is_refusal, may_pass, said_by, status_of
+from vkd_cache.urls import check_url, is_remote
+
+__all__ = ["PATIENCE", "Patience", "RemoteFiles", "RemoteInfo", "check_url", "is_remote", "open_remote"]
 
 _Result = TypeVar("_Result")
 _DOWNLOAD_BYTES = 16 * 2**20  # one request of a download: what a lost connection costs at most, and the memory it takes
@@ -60,50 +61,6 @@ class RemoteInfo:
 
     num_bytes: int
     version: str
-
-
-def is_remote(spec: str) -> bool:
-    """Whether `spec` is a URL of something else than this machine's file system."""
-    return "://" in spec and not spec.startswith("file://")
-
-
-def check_url(url: str, what: str) -> None:
-    """Refuse a URL that carries credentials: URLs end in logs, records and checkpoints.
-
-    Args:
-        url: a path or URL.
-        what: what it is for, as the message names it, such as "cache".
-
-    Raises:
-        ConfigError: user:password@, or a query with a signature, a token or a key. The message does not repeat them.
-    """
-    protocol, separator, rest = url.partition("://")
-    if not separator:
-        return
-    found = _credentials_in(protocol.lower(), rest)
-    if found:
-        raise ConfigError(
-            f"{what}: the {protocol}:// URL carries {found}, which would end in logs and records. Take it out of the "
-            "URL and give credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE) or "
-            "in fsspec's configuration; docs/storage.md says how."
-        )
-
-
-_SECRETIVE = re.compile(r"sig|token|key|secret|passw|credential|auth|x-(amz|goog|oss)-", re.IGNORECASE)
-
-
-def _credentials_in(protocol: str, rest: str) -> str:
-    """What kind of credentials the part of a URL after `://` carries, '' for none."""
-    plain, _, query = rest.partition("?")
-    host = plain.partition("/")[0]
-    # a secret may contain slashes, so a password is looked for up to the last @; a port is digits up to the path
-    if "@" in plain and ":" in host and not host.startswith("arn:") and not re.fullmatch(r"[^@:]*:\d+", host):
-        return "a user and a password"
-    if "@" in host and protocol not in ("abfs", "abfss", "az", "adl", "wasb", "wasbs"):  # there: container@account
-        return "a user"
-    if query and any(_SECRETIVE.search(name) for name, _ in parse_qsl(query, keep_blank_values=True)):
-        return "a signature, token or key"
-    return ""
 
 
 def open_remote(url: str) -> "RemoteFiles":
@@ -159,24 +116,25 @@ class RemoteFiles:
         """
         if end is not None and end <= start:
             return b""
-        return self._repeated(path, lambda attempt: self._read_once(path, start, end))
+        return self._repeated(path, lambda: self._read_once(path, start, end))
 
     def put(self, path: str, data: bytes, *, exclusive: bool = False) -> None:
         """Store an object whole or not at all; replaces one, or with `exclusive` refuses to.
 
         Raises:
-            FileExistsError: `exclusive`, and there is one already that an earlier attempt of this call did not write.
+            FileExistsError: `exclusive`, and there is one with other content.
             PermissionError: the store refuses.
         """
 
-        def once(attempt: int) -> None:
+        def once() -> None:
             if not exclusive:
                 self._filesystem.pipe_file(self._target(path), data)
                 return
             try:
                 self._filesystem.pipe_file(self._target(path), data, mode="create")
             except FileExistsError:
-                if attempt == 0 or bytes(self._filesystem.cat_file(self._target(path))) != data:
+                # ours, if the answer was lost: aiohttp repeats a request by itself when a connection turns out dead
+                if bytes(self._filesystem.cat_file(self._target(path))) != data:
                     raise
 
         self._repeated(path, once)
@@ -188,7 +146,7 @@ class RemoteFiles:
             FileNotFoundError: there is none.
             PermissionError: the store refuses.
         """
-        return self._repeated(path, lambda attempt: self._info_once(path))
+        return self._repeated(path, lambda: self._info_once(path))
 
     def exists(self, path: str) -> bool:
         """Whether there is an object at `path`; PermissionError as `info`."""
@@ -202,7 +160,7 @@ class RemoteFiles:
         """Sorted paths of all objects below the folder `prefix` ('' for all): one request per thousand of them."""
         folder = self._target(prefix)
 
-        def once(attempt: int) -> list[str]:
+        def once() -> list[str]:
             try:
                 found = self._filesystem.find(folder)
             except FileNotFoundError as error:
@@ -219,7 +177,7 @@ class RemoteFiles:
     def delete(self, path: str) -> None:
         """Remove an object if it exists; PermissionError if the store refuses."""
         with contextlib.suppress(FileNotFoundError):
-            self._repeated(path, lambda attempt: self._filesystem.rm_file(self._target(path)))
+            self._repeated(path, lambda: self._filesystem.rm_file(self._target(path)))
 
     def download(self, path: str, target: Path) -> RemoteInfo:
         """Copy an object to the file `target`, by requests of 16 MiB; on any error `target` does not exist.
@@ -291,12 +249,12 @@ class RemoteFiles:
         version = next((str(found[mark]) for mark in marks if found.get(mark)), "")
         return RemoteInfo(int(found["size"]), version.strip('"'))
 
-    def _repeated(self, path: str, once: Callable[[int], _Result]) -> _Result:
-        """What `once(attempt)` returns, repeated while what goes wrong may pass."""
+    def _repeated(self, path: str, once: Callable[[], _Result]) -> _Result:
+        """What `once()` returns, repeated while what goes wrong may pass."""
         attempt = 0
         while True:
             try:
-                result = once(attempt)
+                result = once()
             except Exception as error:
                 self._answered = self._answered or status_of(error) > 0
                 if not may_pass(error):
@@ -340,11 +298,12 @@ def _new_filesystem(url: str) -> Any:
     protocol = url.partition("://")[0].lower()
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if protocol in _S3_PROTOCOLS:
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = {}  # options here win over the user's configuration, so they start from it
         for name in _S3_PROTOCOLS:
             given |= fsspec.config.conf.get(name, {})
-        if "config_kwargs" not in given:
-            options["config_kwargs"] = {"retries": {"mode": "standard", "total_max_attempts": 1}}
+        once = {"retries": {"mode": "standard", "total_max_attempts": 1}}
+        if isinstance(given.get("config_kwargs", {}), dict):
+            options["config_kwargs"] = once | given.get("config_kwargs", {})
         if "max_concurrency" not in given:
             options["max_concurrency"] = 1  # reading is one request, not a question for the size and then some
     filesystem = fsspec.filesystem(protocol, **options)

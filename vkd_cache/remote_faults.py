@@ -28,14 +28,13 @@ _PASSING_ERRORS = {
 
 def may_pass(error: Exception) -> bool:
     """Whether the same request may succeed later: no answer, a broken one, or a store that says that it is busy."""
-    status, code = status_of(error), code_of(error)
-    if code in _PASSING_CODES or status in _PASSING_STATUS or (status >= 500 and status != 501):
-        return True
-    if status:
-        return False
-    return isinstance(error, (TimeoutError, ConnectionError)) or bool(
-        _PASSING_ERRORS & {kind.__name__ for kind in type(error).__mro__}
-    )
+    # first what it is: the cause of a body that was cut short is, to aiohttp, a bad request with status 400
+    for known in _chain(error):
+        is_os_error = isinstance(known, (TimeoutError, ConnectionError))
+        if is_os_error or _PASSING_ERRORS & {kind.__name__ for kind in type(known).__mro__}:
+            return True
+    status = status_of(error)
+    return code_of(error) in _PASSING_CODES or status in _PASSING_STATUS or (status >= 500 and status != 501)
 
 
 def is_refusal(error: Exception) -> bool:
@@ -74,6 +73,7 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def said_by(error: BaseException) -> str:
-    """What `error` says in one line, without the addresses that a presigned request would show."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"\?[^\s\"']*", "", text).rstrip(".")
+    """What `error` says in one line, without what may be secret in the addresses it shows: users and queries."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = " ".join(str(said).split()) or type(error).__name__
+    return re.sub(r"\?[^\s\"']*|(?<=//)[^\s/@]*@", "", text).rstrip(".")

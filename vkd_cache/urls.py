@@ -1,0 +1,54 @@
+"""URLs that users give: which are remote, and that none carries credentials.
+
+A newcomer's trap: a URL ends in manifests, run logs, records and checkpoints, and messages show it; so it is refused
+where the configuration is read, before anything could write it down.
+"""
+
+import re
+from urllib.parse import parse_qsl
+
+from vkd_cache.errors import ConfigError
+
+
+def is_remote(spec: str) -> bool:
+    """Whether `spec` is a URL of something else than this machine's file system."""
+    return "://" in spec and not spec.startswith("file://")
+
+
+def check_url(url: str, what: str) -> None:
+    """Refuse a URL that carries credentials: URLs end in logs, records and checkpoints.
+
+    Args:
+        url: a path or URL.
+        what: what it is for, as the message names it, such as "cache".
+
+    Raises:
+        ConfigError: user:password@, or a query with a signature, a token or a key. The message does not repeat them.
+    """
+    protocol, separator, rest = url.partition("://")
+    if not separator:
+        return
+    found = _credentials_in(protocol.lower(), rest)
+    if found:
+        raise ConfigError(
+            f"{what}: the {protocol}:// URL carries {found}, which would end in logs and records. Take it out of the "
+            "URL and give credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE) or "
+            "in fsspec's configuration; docs/storage.md says how."
+        )
+
+
+_SECRETIVE = re.compile(r"sig|token|key|secret|passw|credential|auth|x-(amz|goog|oss)-", re.IGNORECASE)
+
+
+def _credentials_in(protocol: str, rest: str) -> str:
+    """What kind of credentials the part of a URL after `://` carries, '' for none."""
+    plain, _, query = rest.partition("?")
+    host = plain.partition("/")[0]
+    # a secret may contain slashes, so a password is looked for up to the last @; a port is digits up to the path
+    if "@" in plain and ":" in host and not host.startswith("arn:") and not re.fullmatch(r"[^@:]*:\d+", host):
+        return "a user and a password"
+    if "@" in host and protocol not in ("abfs", "abfss", "az", "adl", "wasb", "wasbs"):  # there: container@account
+        return "a user"
+    if query and any(_SECRETIVE.search(name) for name, _ in parse_qsl(query, keep_blank_values=True)):
+        return "a signature, token or key"
+    return ""
