@@ -37,6 +37,12 @@ class SourceConfig:
     shard_size: int = option(
         1024, "samples per shard of a folder or COCO source (tar shards keep their own)", minimum=2, maximum=2**31
     )
+    local_dir: str = option(
+        "", "folder for local copies of tars and cache units behind URLs; empty: below the user's cache folder"
+    )
+    local_gb: float = option(
+        100.0, "bound of the local copies in that folder, 10^9 bytes", minimum=1e-6, maximum=1e6
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

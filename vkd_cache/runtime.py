@@ -163,6 +163,12 @@ def expand_home(path: str | Path) -> str:
     return os.path.expanduser(path)  # noqa: PTH111 - Path's own raises a RuntimeError where there is no such user
 
 
+def user_cache_folder() -> Path:
+    """Where this user's programs keep what can be had again: below $XDG_CACHE_HOME, else ~/.cache."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(given if os.path.isabs(given) else expand_home("~/.cache")) / "vkd-cache"  # noqa: PTH117
+
+
 def peak_memory_bytes() -> int:
     """Largest resident size of this process so far.
 
