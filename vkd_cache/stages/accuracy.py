@@ -197,7 +197,7 @@ def warn_of_broken(source: Source, broken: Sequence[Broken], what_happens: str) 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, and with the global generator (a loader draws from it) untouched."""
+    """In evaluation mode, and with the global generator untouched."""
     was_training = model.training
     model.eval()
     try:

@@ -56,8 +56,8 @@ class _Worker:
         except (OSError, EOFError) as error:
             self._line.close()
             raise SourceError(
-                f"{name}: a data worker process could not be started: it, or the server that starts them, was ended "
-                f"({type(error).__name__}). {_WHAT_TO_DO}"
+                f"{name}: a data worker process died while it was started ({type(error).__name__}). If it happens "
+                f"again: use --workers 0 to see why. {_WHAT_TO_DO}"
             ) from error
         finally:
             its_end.close()  # or the line would not end when the worker does
