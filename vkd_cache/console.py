@@ -50,6 +50,12 @@ class Progress:
             self._done += n
             self._show()
 
+    def leave_out(self, n: int) -> None:
+        """Take `n` units off the total: they need not be done after all."""
+        with self._lock:
+            self._total -= n
+            self._show()
+
     def detail(self, text: str) -> None:
         """Show `text` after the rate from now on, for example where time goes."""
         with self._lock:
@@ -101,7 +107,7 @@ class _Bar(Progress):
         self._task: TaskID = live.add_task(title, total=total, unit=unit, detail="")
 
     def _show(self) -> None:
-        self._live.update(self._task, completed=self._done, detail=self._detail)
+        self._live.update(self._task, completed=self._done, total=self._total, detail=self._detail)
 
     def _close(self) -> None:
         self._live.refresh()

@@ -152,6 +152,10 @@ class Cache:
         """Published shards of one view, found by listing alone."""
         return self._listed(f"records/view-{view:04d}").get(view, frozenset())
 
+    def is_published(self, unit: UnitId) -> bool:
+        """Whether a unit is published now: one look at its record's name, nothing is read."""
+        return self.storage.exists(record_path(unit))
+
     def _listed(self, folder: str) -> dict[int, frozenset[int]]:
         shards: dict[int, set[int]] = {}
         for path in self.storage.paths(folder):

@@ -1,7 +1,8 @@
 """Writing a cache: an exclusive start, then units that are published one by one in any order by any process.
 
 A newcomer's trap: two processes may publish the same unit at once. Files of units are named by their content, so the
-same bytes are the same file, and of two different ones the last record says which counts.
+same bytes are the same file, and of two different ones the record says which counts: the last one, or with `exclusive`
+the first.
 """
 
 import contextlib
@@ -33,10 +34,12 @@ class CacheWriter:
 
     Attributes:
         cache: the same cache, for reading.
+        leftovers: what writers that died had left, and was removed when the cache was opened: paths from its root.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+    def __init__(self, storage: Storage, manifest: Manifest, leftovers: Sequence[str] = ()) -> None:
         self.cache = Cache(storage, manifest)
+        self.leftovers = tuple(leftovers)
         self._storage = storage
 
     @property
@@ -55,6 +58,8 @@ class CacheWriter:
         columns: Mapping[str, Array],
         nodes: Mapping[str, torch.Tensor | Tokens],
         broken: Sequence[tuple[str, int, str]] = (),
+        *,
+        exclusive: bool = False,
     ) -> UnitRecord:
         """Encode and store one unit, then its record: after that, and only then, it is published.
 
@@ -65,13 +70,16 @@ class CacheWriter:
             nodes: (n, ...) values of every node of the manifest, any floating dtype, any device; where its layout is
                 `tokens`, those of the n samples.
             broken: (key, row in the source shard, reason) of images without a row, in row order.
+            exclusive: leave a unit alone that has been published meanwhile; else this one takes its place.
 
         Raises:
             CacheFormatError: columns or nodes that are not what the manifest and the format say.
             CacheError: values that the node's codec cannot hold.
+            FileExistsError: exclusive, and another process has published the unit.
         """
         where = f"shard {shard} of view {view}"
-        return self.publish_arrays(UnitId(shard, view), {**columns, **self._encode(nodes, where)}, broken)
+        arrays = {**columns, **self._encode(nodes, where)}
+        return self.publish_arrays(UnitId(shard, view), arrays, broken, exclusive=exclusive)
 
     def publish_arrays(
         self,
@@ -79,17 +87,20 @@ class CacheWriter:
         arrays: Mapping[str, Array],
         broken: Sequence[tuple[str, int, str]] = (),
         origin: Mapping[str, Any] | None = None,
+        *,
+        exclusive: bool = False,
     ) -> UnitRecord:
         """`publish`, of nodes that are encoded already.
 
         Args:
             unit: which one.
             arrays: the columns, and the arrays of every node as its codec stores them.
-            broken: as for `publish`.
+            broken, exclusive: as for `publish`.
             origin: what the unit was converted from, for its record.
 
         Raises:
             CacheFormatError: arrays that are not what the manifest and the format say.
+            FileExistsError: as for `publish`.
         """
         num_samples = check_columns(arrays, self.manifest, f"shard {unit.shard} of view {unit.view}")
         data = pack_unit(arrays, self.manifest)
@@ -105,7 +116,8 @@ class CacheWriter:
             origin=origin,
         )
         self._storage.put(path, data)
-        self._storage.put(record_path(unit), record.to_bytes())
+        # a file that loses is left lying: a third process with the same bytes may be about to name it in a record
+        self._storage.put(record_path(unit), record.to_bytes(), exclusive=exclusive)
         if not self._storage.exists(path):  # a repair has just removed a damaged file of the same name (see `repair`)
             self._storage.put(path, data)
         return record
@@ -159,7 +171,7 @@ def start_cache(url: str, manifest: Manifest, head_file: bytes) -> CacheWriter:
     """`create_cache`, of a manifest whose `head` entry says what is in `head_file`; errors as there."""
     storage = open_storage(url)
     wanted = Manifest.from_json(manifest.to_json(), f"{url}: new manifest")
-    storage.prepare()
+    leftovers = storage.prepare()
     if not storage.exists(MANIFEST_PATH):
         _refuse_foreign_units(storage, wanted)
         if wanted.head is not None:
@@ -170,7 +182,7 @@ def start_cache(url: str, manifest: Manifest, head_file: bytes) -> CacheWriter:
     check_same(storage.url, existing, wanted)
     if wanted.head is not None and not storage.exists(wanted.head["file"]):  # lost, or dropped by a repair
         storage.put(wanted.head["file"], head_file)
-    return CacheWriter(storage, existing)
+    return CacheWriter(storage, existing, leftovers)
 
 
 def _refuse_foreign_units(storage: Storage, wanted: Manifest) -> None:

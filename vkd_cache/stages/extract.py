@@ -3,7 +3,7 @@
     source shards -> render tasks (worker processes) -> mixed images (device) -> teacher -> writer thread -> units
 
 Only whole units are published, so the same command continues an interrupted job, and any number of processes may work
-on one cache: each takes every N-th unit.
+on one cache: each takes every N-th unit. Jobs that take the same units are safe too, and get out of each other's way.
 """
 
 import dataclasses
@@ -53,16 +53,25 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
     if dry_run:
         todo = _unpublished(existing, units)
         plan.show(existing, units, todo)
-        return _summary(None, len(units) - len(todo), started)
+        return dataclasses.replace(
+            ExtractSummary(), units_skipped=len(units) - len(todo), seconds=time.monotonic() - started
+        )
 
     writer = create_cache(config.cache.url, plan.manifest(existing), teacher.head_tensors())
     todo = _unpublished(writer.cache, units)
     _warn_of_batch_size(writer.manifest, run)
     log_name = f"extract-{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{split.index}of{split.count}.json"
+    if writer.leftovers:
+        console.say(f"extract: removed {_counted(len(writer.leftovers), 'leftover')} of killed writers")
     _write_run_log(log_name, writer, config, split, None)
     job = ExtractJob(config, source, recipe, run, writer)
     job.do(todo)
-    summary = _summary(job, len(units) - len(todo), started)
+    summary = dataclasses.replace(
+        job.summary(),
+        units_skipped=len(units) - len(todo),
+        leftovers=len(writer.leftovers),
+        seconds=time.monotonic() - started,
+    )
     _write_run_log(log_name, writer, config, split, summary)
     _say_summary(config, summary)
     return summary
@@ -128,14 +137,10 @@ def _write_run_log(
         "fingerprint": writer.manifest.fingerprint(),
         "versions": library_versions(),
         "hardware": hardware(),
+        "removed": list(writer.leftovers),
         "summary": summary.to_json() if summary else None,
     }
     writer.write_run_log(name, json.dumps(document, indent=2).encode())
-
-
-def _summary(job: ExtractJob | None, num_skipped: int, started: float) -> ExtractSummary:
-    summary = ExtractSummary() if job is None else job.summary()
-    return dataclasses.replace(summary, units_skipped=num_skipped, seconds=time.monotonic() - started)
 
 
 def _say_summary(config: Config, summary: ExtractSummary) -> None:
@@ -145,6 +150,11 @@ def _say_summary(config: Config, summary: ExtractSummary) -> None:
         f"{len(summary.units_failed)} failed; {summary.samples} views, {summary.bytes / 1e6:.1f} MB, "
         f"{summary.seconds:.1f} s ({rate:.1f} images/s) -> {config.cache.url}"
     )
+    if summary.units_overtaken:
+        console.say(
+            f"extract: another job published {_counted(summary.units_overtaken, 'unit')} of this share meanwhile "
+            f"({summary.units_wasted} of them computed twice)"
+        )
     if summary.broken:
         shown = ", ".join(f"'{key}' ({reason})" for key, reason in summary.broken[:5])
         more = ", ..." if len(summary.broken) > 5 else ""
@@ -153,3 +163,7 @@ def _say_summary(config: Config, summary: ExtractSummary) -> None:
         console.warn(f"unit failed: {message}")
     if summary.units_failed:
         console.warn(f"{len(summary.units_failed)} units failed. The same command again makes what is missing.")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,24 +1,27 @@
 """The loop of an extraction: units through the teacher, a writer thread behind it, and the bookkeeping of both.
 
 A newcomer's trap: what is wrong with a unit (a file that vanished, features that are not finite) fails that unit, and
-the job goes on; what is wrong with the cache (a full disk) stops the job at once.
+the job goes on; what is wrong with the cache (a full disk) stops the job at once. That another job has published a unit
+meanwhile is neither.
 """
 
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from vkd_cache import console
-from vkd_cache.cache.units import UnitId
+from vkd_cache.cache.units import UnitId, record_path
 from vkd_cache.cache.writer import CacheWriter
 from vkd_cache.config import Config
 from vkd_cache.errors import CacheError, SourceError, TeacherError
 from vkd_cache.sources import Source
+from vkd_cache.stages.extract_order import UnitOrder
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask
 from vkd_cache.stages.teaching import TeacherRun, taught_batches
 from vkd_cache.stages.transfer import model_input
@@ -35,19 +38,25 @@ class ExtractSummary:
     Attributes:
         units_published: units this run wrote.
         units_skipped: units of this worker that were published before.
+        units_overtaken: units of this worker that another job published meanwhile.
+        units_wasted: those of them that this run computed all the same.
         units_failed: one message per unit that could not be made.
         samples: views rendered and stored by this run.
         broken: (key, reason) of broken images, once per key.
         bytes: bytes of the units written.
+        leftovers: files that killed writers had left, which this run removed.
         seconds: wall-clock time.
     """
 
     units_published: int = 0
     units_skipped: int = 0
+    units_overtaken: int = 0
+    units_wasted: int = 0
     units_failed: tuple[str, ...] = ()
     samples: int = 0
     broken: tuple[tuple[str, str], ...] = ()
     bytes: int = 0
+    leftovers: int = 0
     seconds: float = 0.0
 
     @property
@@ -108,7 +117,8 @@ class ExtractJob:
         self._failed: dict[UnitId, str] = {}
         self._broken: dict[str, str] = {}
         self._seconds = {"data": 0.0, "teacher": 0.0, "write": 0.0}
-        self._units_published = self._samples = self._bytes = 0  # changed by the writer thread alone
+        self._units_published = self._units_wasted = self._samples = self._bytes = 0  # by the writer thread alone
+        self._units_left_out = 0
         self._queued: torch.cuda.Event | None = None
 
     def do(self, units: list[UnitId]) -> None:
@@ -121,9 +131,20 @@ class ExtractJob:
         if not units:
             return
         total = sum(len(self._source.shards[unit.shard].keys) for unit in units)
-        with console.track("extract", total) as progress, WriterThread(self._publish) as writer:
+        with console.track("extract", total) as progress:
+
+            def leave_out(unit: UnitId) -> None:
+                self._units_left_out += 1
+                progress.leave_out(len(self._source.shards[unit.shard].keys))
+
+            # chance has no say in what is stored, see extract_order
+            order = UnitOrder(units, self._writer.cache, np.random.default_rng(), leave_out)
+            self._make(order, progress)
+
+    def _make(self, order: UnitOrder, progress: console.Progress) -> None:
+        with WriterThread(lambda assembly: self._publish(assembly, order)) as writer:
             assembly: UnitAssembly | None = None
-            for batch, pixels in self._timed_batches(units):
+            for batch, pixels in self._timed_batches(order):
                 unit, is_last = batch.tag
                 assembly = assembly or self._new_assembly(unit)
                 started = time.monotonic()
@@ -151,14 +172,14 @@ class ExtractJob:
                 self._queued.synchronize()
             self._queued = torch.cuda.current_stream(self._run.device).record_event()
 
-    def _timed_batches(self, units: list[UnitId]) -> Iterator[tuple[RenderedBatch, torch.Tensor]]:
+    def _timed_batches(self, units: Iterable[UnitId]) -> Iterator[tuple[RenderedBatch, torch.Tensor]]:
         started = time.monotonic()
         for item in taught_batches(self._renderer, self._tasks(units), self._config.extract.workers, self._run):
             self._seconds["data"] += time.monotonic() - started
             yield item
             started = time.monotonic()
 
-    def _tasks(self, units: list[UnitId]) -> Iterator[RenderTask]:
+    def _tasks(self, units: Iterable[UnitId]) -> Iterator[RenderTask]:
         for unit in units:
             yield from unit_tasks(
                 self._source, self._renderer.recipe, self._config.views.seed, unit, self._run.batch_size
@@ -182,17 +203,22 @@ class ExtractJob:
     def _fail(self, unit: UnitId, error: Exception) -> None:
         self._failed.setdefault(unit, f"shard {unit.shard}, view {unit.view}: {error}")
 
-    def _publish(self, assembly: UnitAssembly) -> None:
+    def _publish(self, assembly: UnitAssembly, order: UnitOrder) -> None:
         """In the writer thread."""
         started = time.monotonic()
         unit = assembly.unit
-        columns, nodes, broken = assembly.finish()
         try:
+            if self._writer.cache.is_published(unit):
+                raise FileExistsError(record_path(unit))
+            columns, nodes, broken = assembly.finish()
             keys = self._source.shards[unit.shard].keys
             check_storable(self._writer.manifest.nodes, nodes, [keys[row] for row in columns["row"].tolist()])
-            record = self._writer.publish(unit.shard, unit.view, columns, nodes, broken)
+            record = self._writer.publish(unit.shard, unit.view, columns, nodes, broken, exclusive=True)
         except TeacherError as error:
             self._fail(unit, error)
+        except FileExistsError:  # another job was faster
+            self._units_wasted += 1
+            order.lost(unit)
         except OSError as error:
             raise CacheError(
                 f"{self._writer.cache.url}: shard {unit.shard} of view {unit.view} cannot be written "
@@ -214,6 +240,8 @@ class ExtractJob:
         """What was done so far; skipped units and seconds are the caller's to know."""
         return ExtractSummary(
             units_published=self._units_published,
+            units_overtaken=self._units_left_out + self._units_wasted,
+            units_wasted=self._units_wasted,
             units_failed=tuple(message for _, message in sorted(self._failed.items(), key=_by_view)),
             samples=self._samples,
             broken=tuple(sorted(self._broken.items())),
