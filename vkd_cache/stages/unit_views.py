@@ -9,11 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from vkd_cache.cache.reader import Cache, Unit
+from vkd_cache.cache.schema import UnitRecord
 from vkd_cache.errors import CorruptCacheError
 from vkd_cache.sources import Source
 from vkd_cache.views.mixing import pair_slots, plan_mixing
-from vkd_cache.views.params import MixPlan
+from vkd_cache.views.params import MIX_CUTMIX, MixPlan
 from vkd_cache.views.recipe import Recipe
+from vkd_cache.views.replay import replay_problem
 
 RECORD_READERS = 16
 
@@ -79,6 +81,7 @@ class CachedViews:
     def __init__(self, cache: Cache, source: Source, views: Sequence[int]) -> None:
         self._cache = cache
         self._source = source
+        self._recipe = Recipe.from_json(cache.manifest.recipe)
         self._slot_counts: dict[int, list[int]] = {}
         self.views = views
         self.num_broken = 0
@@ -89,9 +92,20 @@ class CachedViews:
             shards = range(len(self._source.shards))
             with ThreadPoolExecutor(RECORD_READERS) as pool:  # on an object store each read is a round trip
                 records = list(pool.map(lambda shard: self._cache.record(shard, view), shards))
+            self._check_counts(records)
             self._slot_counts[view] = [(record.num_samples + 1) // 2 for record in records]
             self.num_broken = max(self.num_broken, sum(len(record.broken) for record in records))
         return self._slot_counts[view]
+
+    def _check_counts(self, records: Sequence[UnitRecord]) -> None:
+        """Believe the records' numbers only if they are the source's: an epoch is laid out by them."""
+        for record in records:
+            found, expected = record.num_samples + len(record.broken), len(self._source.shards[record.shard].keys)
+            if found != expected:
+                raise CorruptCacheError(
+                    f"{self._cache.url}: unit of shard {record.shard}, view {record.view} has {found} samples, shard "
+                    f"{record.shard} of {self._source.location} has {expected}. Run vkd-cache verify on the cache."
+                )
 
     def open(self, shard: int, view: int) -> ShardView:
         """Read one unit and check that it belongs to the source's shard."""
@@ -101,6 +115,11 @@ class CachedViews:
             raise CorruptCacheError(
                 f"{self._cache.url}: unit of shard {shard}, view {view} holds other keys than shard {shard} of "
                 f"{self._source.location}. Run vkd-cache verify on the cache."
+            )
+        problem = replay_problem(unit.columns, self._recipe) or _mixing_problem(unit)
+        if problem is not None:
+            raise CorruptCacheError(
+                f"{self._cache.url}: unit of shard {shard}, view {view}: {problem}. Run vkd-cache verify on the cache."
             )
         mix = _stored_mix(unit, len(keys))
         return ShardView(slots=slots_of_rows(mix, unit.rows), mix=mix, unit=unit)
@@ -121,6 +140,22 @@ def slots_of_rows(mix: MixPlan, rows: npt.NDArray[np.integer]) -> npt.NDArray[np
     kept = np.concatenate([kept[~lone], kept[lone]])
     padded = np.append(kept, -1) if len(kept) % 2 else kept
     return padded.reshape(-1, 2)
+
+
+def _mixing_problem(unit: Unit) -> str | None:
+    """What keeps rows and partners of a unit from being paired, in a few words."""
+    rows, partner = unit.rows.astype(np.int64), unit.columns["partner"].astype(np.int64)
+    weight, kind = unit.columns["mix_lambda"].astype(np.float32), unit.columns["mix_kind"].astype(np.uint8)
+    if not len(rows):
+        return None
+    if (np.diff(rows) <= 0).any():
+        return "its rows are not in rising order"
+    position = np.minimum(np.searchsorted(rows, partner), len(rows) - 1)
+    if (rows[position] != partner).any() or (partner[position] != rows).any():
+        return "its mixing partners are not pairs of its rows"
+    if not ((weight >= 0) & (weight <= 1)).all() or (kind > MIX_CUTMIX).any():
+        return "its rows are mixed in no way that there is"
+    return None
 
 
 def _stored_mix(unit: Unit, num_rows: int) -> MixPlan:

@@ -24,6 +24,7 @@ from vkd_cache.views.mixing import drop_partners, plan_mixing
 from vkd_cache.views.params import params_from_columns, params_to_columns
 from vkd_cache.views.plan import plan_view
 from vkd_cache.views.recipe import Recipe
+from vkd_cache.views.replay import replay_problem
 
 _BATCH = 64  # views per render task
 FEW_VIEWS = 512  # rendered here before worker processes would have started
@@ -60,6 +61,10 @@ class PixelCheck:
     def _tasks(self, chosen: Mapping[UnitId, npt.NDArray[np.int64]]) -> Iterator[RenderTask]:
         for unit_id, rows in chosen.items():
             unit = self._cache.read(*unit_id)
+            problem = replay_problem(unit.columns, self._recipe)
+            if problem is not None:
+                self._level.error(record_path(unit.id), f"{problem}. Extract into another cache.")
+                continue
             self._check_unit(unit)
             stored = np.isin(rows, unit.rows)
             # broken images have no params: they are planned, which gets no further than finding them broken

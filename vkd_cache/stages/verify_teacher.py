@@ -16,9 +16,11 @@ import numpy.typing as npt
 import torch
 
 from vkd_cache import console
+from vkd_cache.cache.documents import Fields
 from vkd_cache.cache.reader import MANIFEST_PATH, Cache, Unit
 from vkd_cache.cache.units import UnitId, record_path
-from vkd_cache.config import Config, TeacherConfig
+from vkd_cache.config import MAX_CLASSES, MAX_SIDE_PX, Config, ExtractConfig, TeacherConfig
+from vkd_cache.errors import CorruptCacheError, TeacherError
 from vkd_cache.sources import Source
 from vkd_cache.stages.ranks import take_device
 from vkd_cache.stages.rendering import Renderer, RenderTask, render_loader
@@ -28,10 +30,11 @@ from vkd_cache.stages.unit_tokens import on_host
 from vkd_cache.stages.verify_pixels import FEW_VIEWS, param_columns
 from vkd_cache.stages.verify_sample import Level
 from vkd_cache.stages.verify_tokens import Gap, tokens_gap
-from vkd_cache.teachers import load_teacher
+from vkd_cache.teachers import load_teacher, names_code
 from vkd_cache.tokens import Tokens
 from vkd_cache.views.params import MixPlan
 from vkd_cache.views.recipe import Recipe
+from vkd_cache.views.replay import replay_problem
 
 # Noise of the arithmetic, as a share of the largest value of a sample: measured is a tenth of it or less.
 _NOISE = {"off": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -40,6 +43,8 @@ _NOISE_OTHER_DEVICE = 1e-3
 # GroupNorm divides by the spread of a group: on a small map (3 x 3 positions, 2 channels a group) a nearly constant
 # group multiplies the noise of its input; 6e-4 was measured between batch sizes.
 _NOISE_DETECTOR = 2e-3
+
+_MAX_BATCH_VALUES = 2**28  # of one batch of pixels: a gigabyte in float32, whatever batch size a manifest asks for
 
 Slot = tuple[int, ...]  # places in the unit that belong together: a mixed pair, or one row
 
@@ -85,15 +90,11 @@ def _start(cache: Cache, config: Config, level: Level) -> TeacherRun | None:
     """The teacher as the manifest describes it; None, with the reasons noted, if it is not the same one."""
     manifest = cache.manifest
     stored: dict[str, Any] = manifest.teacher
-    wanted = TeacherConfig(
-        name=config.teacher.name or stored["name"],
-        weights=config.teacher.weights,
-        num_classes=config.teacher.num_classes or stored["num_classes"],
-        input_px=config.teacher.input_px or stored["input_px"],
-    )
+    recipe = Recipe.from_json(manifest.recipe)
+    wanted, run_as = _wanted(cache, config, recipe)
     nodes = [spec.name for spec in manifest.nodes]
     teacher = load_teacher(
-        wanted, nodes=nodes, num_classes=manifest.dataset["num_classes"], view_px=manifest.recipe["size_px"]
+        wanted, nodes=nodes, num_classes=manifest.dataset["num_classes"], view_px=recipe.size_px
     )
     differing = [name for name in sorted(stored | teacher.identity) if stored.get(name) != teacher.identity.get(name)]
     for name in differing:
@@ -104,18 +105,57 @@ def _start(cache: Cache, config: Config, level: Level) -> TeacherRun | None:
             level.error(MANIFEST_PATH, f"{message} Give the same teacher and --teacher-weights.")
     if set(differing) - {"timm"}:
         return None
-    numerics = manifest.numerics
+    run = start_teacher(teacher, run_as, take_device(config.extract.device), padded=False)
+    then = manifest.numerics["device"]
+    if run.device.type != then:
+        level.note(MANIFEST_PATH, f"the teacher runs on {run.device.type} here, it ran on {then} then.")
+    return run
+
+
+def _wanted(cache: Cache, config: Config, recipe: Recipe) -> tuple[TeacherConfig, ExtractConfig]:
+    """Which teacher to build and how to run it: what the manifest says, where the user says nothing.
+
+    Raises:
+        CacheFormatError: the manifest does not say it, or something absurd.
+        TeacherError: it names a callable that the user did not name.
+    """
+    where = f"{cache.url}/{MANIFEST_PATH}"
+    teacher = Fields(cache.manifest.teacher, where, "teacher.")
+    numerics = Fields(cache.manifest.numerics, where, "numerics.")
+    name = teacher.text("name")
+    if names_code(name) and config.teacher.name != name:
+        raise TeacherError(
+            f"{where}: the cache was made with teacher {name!r}, which is code on this machine that the cache asks to "
+            f"run. If you know it and want that, name it yourself: --teacher-name {name}."
+        )
+    num_classes, input_px = teacher.whole("num_classes", 0, MAX_CLASSES), teacher.whole("input_px", 0, MAX_SIDE_PX)
+    wanted = TeacherConfig(
+        name=config.teacher.name or name,
+        weights=config.teacher.weights,
+        num_classes=config.teacher.num_classes or num_classes,
+        input_px=config.teacher.input_px or input_px,
+    )
+    sides = (recipe.size_px, recipe.size_px)
+    if recipe.detection is not None:
+        sides = (max(recipe.detection.scales), recipe.detection.max_size_px)
+    fitting = max(2, _MAX_BATCH_VALUES // max(3 * sides[0] * sides[1], 3 * input_px**2))
     run_as = dataclasses.replace(
         config.extract,
-        batch_size=int(numerics["batch_size"]),
-        autocast=numerics["autocast"],
-        channels_last=bool(numerics["channels_last"]),
-        compile=bool(numerics["compiled"]),
+        batch_size=min(numerics.whole("batch_size", 1), fitting),
+        autocast=numerics.text("autocast", tuple(_NOISE)),
+        channels_last=_flag(numerics, "channels_last"),
+        compile=_flag(numerics, "compiled"),
     )
-    run = start_teacher(teacher, run_as, take_device(config.extract.device), padded=False)
-    if run.device.type != numerics["device"]:
-        level.note(MANIFEST_PATH, f"the teacher runs on {run.device.type} here, it ran on {numerics['device']} then.")
-    return run
+    _flag(numerics, "tf32")
+    numerics.text("device")
+    return wanted, run_as
+
+
+def _flag(fields: Fields, name: str) -> bool:
+    value = fields.body.get(name)
+    if not isinstance(value, bool):
+        raise fields.refuse(name, "true or false")
+    return value
 
 
 def _tasks(
@@ -130,6 +170,9 @@ def _tasks(
     count = 0
     for unit_id in sorted(chosen, key=lambda unit: (unit.view, unit.shard)):
         unit = cache.read(*unit_id)
+        problem = replay_problem(unit.columns, recipe)
+        if problem is not None:
+            raise CorruptCacheError(f"{cache.url}: {record_path(unit_id)}: {problem}. See `verify --pixels`.")
         asked = np.flatnonzero(np.isin(unit.rows, chosen[unit_id]))
         if waiting and waiting[0].unit.id.view != unit_id.view:
             yield _task(waiting, recipe, under_way)

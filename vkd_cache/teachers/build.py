@@ -61,6 +61,11 @@ def build(config: TeacherConfig, *, num_classes: int, view_px: int) -> BuiltTeac
         return _build_from_file(config, state, num_classes, view_px)
 
 
+def names_code(name: str) -> bool:
+    """Whether building the teacher called `name` runs code of the user's: `package.module:callable`."""
+    return _CALLABLE.fullmatch(name) is not None
+
+
 def _timm_cfg(name: str) -> Any:
     """What timm knows of a model; None for an architecture of which nothing was published.
 
