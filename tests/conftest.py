@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import settings
+from s3_server import S3Server, environment, running_server
 
 from vkd_cache.config import Config, load_config
 
@@ -171,3 +172,20 @@ def small_cache(tiny_config: Callable[..., Config], tmp_path_factory: pytest.Tem
     summary = extract(tiny_config(cache={"url": str(url)}, views={"count": "2"}), JobSplit())
     assert summary.exit_code == 0
     return url
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 protocol server in a process of its own on loopback; one a session, so take buckets of your own."""
+    with running_server(tmp_path_factory.mktemp("s3") / "server.log") as server:
+        yield server
+
+
+@pytest.fixture
+def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The server, with the environment that a user sets to reach it, for this process and those it starts."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
+        monkeypatch.delenv(name)
+    for name, value in environment(s3_server.endpoint).items():
+        monkeypatch.setenv(name, value)
+    return s3_server

@@ -7,13 +7,14 @@ tests read one description. All mistakes of a file are reported at once.
 import dataclasses
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vkd_cache.errors import ConfigError
 from vkd_cache.fields import checked_value, option
 from vkd_cache.fields import suggestion as suggestion  # of this module for everybody else
+from vkd_cache.urls import check_url
 
 # Far beyond any run, and small enough that a stranger's file that asks for as much is refused, not obeyed.
 MAX_VIEWS = 10**6
@@ -40,9 +41,7 @@ class SourceConfig:
     local_dir: str = option(
         "", "folder for local copies of tars and cache units behind URLs; empty: below the user's cache folder"
     )
-    local_gb: float = option(
-        100.0, "bound of the local copies in that folder, 10^9 bytes", minimum=1e-6, maximum=1e6
-    )
+    local_gb: float = option(100.0, "bound of the local copies in that folder, 10^9 bytes", minimum=1e-6, maximum=1e6)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,9 +74,7 @@ class ViewsConfig:
     scales: tuple[int, ...] = option(
         tuple(range(480, 801, 16)), "detection: short sides of a view, one drawn, pixels", minimum=16, maximum=4096
     )
-    max_size_px: int = option(
-        1333, "detection: bound of a view's long side, pixels", minimum=16, maximum=8192
-    )
+    max_size_px: int = option(1333, "detection: bound of a view's long side, pixels", minimum=16, maximum=8192)
     crop_scales: tuple[int, ...] = option(
         (400, 500, 600),
         "detection: short sides of the frame that half of the views are cropped in before the resize; empty: no crops",
@@ -105,7 +102,9 @@ class TeacherConfig:
         0, "classes of its head; 0: what the weights hold, else the source's", minimum=0, maximum=MAX_CLASSES
     )
     input_px: int = option(
-        0, "side of its input; 0: the view's own (others are resized on the device); not for a detector", minimum=0,
+        0,
+        "side of its input; 0: the view's own (others are resized on the device); not for a detector",
+        minimum=0,
         maximum=MAX_SIDE_PX,
     )
 
@@ -251,9 +250,7 @@ class EvalConfig:
     max_size_px: int = option(
         0, "detection: bound of the long side, pixels; 0: that of [views]", minimum=0, maximum=8192
     )
-    output: str = option(
-        "", "detection: directory for detections.json and detections.png; empty: beside the weights"
-    )
+    output: str = option("", "detection: directory for detections.json and detections.png; empty: beside the weights")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -272,6 +269,7 @@ class Config:
 
 
 SECTIONS: dict[str, type] = typing.get_type_hints(Config)
+_MAY_BE_URLS = {("source", "train"), ("source", "val"), ("cache", "url")}
 
 
 def find_pipeline(name: str) -> Path:
@@ -280,6 +278,7 @@ def find_pipeline(name: str) -> Path:
     Raises:
         ConfigError: neither a file nor the name of an installed pipeline.
     """
+    check_url(name, "pipeline")  # a mistyped command may have a URL here, and the message below shows it
     path = Path(name)
     if path.is_file():
         return path
@@ -310,9 +309,28 @@ def load_config(pipeline: str | None = None, overrides: Mapping[str, Mapping[str
     for section, fields in (overrides or {}).items():
         given = {name: value for name, value in fields.items() if value is not None}
         _read_section(section, given, "command line", values, problems)
+    problems += _url_problems(values)
     if problems:
         raise ConfigError("\n".join(problems))
     return Config(**{section: SECTIONS[section](**fields) for section, fields in values.items()})
+
+
+def _url_problems(values: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
+    """URLs with credentials, and URLs where only this machine's files will do."""
+    for section, fields in values.items():
+        for name, value in fields.items():
+            if not isinstance(value, str) or "://" not in value:
+                continue
+            try:
+                check_url(value, f"[{section}] {name}")
+            except ConfigError as error:
+                yield str(error)
+            else:
+                if (section, name) not in _MAY_BE_URLS:
+                    yield (
+                        f"[{section}] {name}: found '{value}', expected a path of this machine. Only data and caches "
+                        "can be behind URLs."
+                    )
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class RemoteFiles:
         self.url = url
         self._root = root
         self._client: tuple[int, Any] | None = None
-        self._answered = False
+        self._answered = self._bucket_exists = False
         # Waits differ between processes that were refused together: seeded by the host's name and the process.
         self._jitter = np.random.default_rng([zlib.crc32(socket.gethostname().encode()), os.getpid()])
 
@@ -242,12 +242,24 @@ class RemoteFiles:
         return data
 
     def _info_once(self, path: str) -> RemoteInfo:
-        found = self._filesystem.info(self._target(path))
-        if found.get("type") == "directory" or found.get("size") is None:
+        found = self._described(self._target(path))
+        size = found.get("size", found.get("ContentLength"))
+        if found.get("type") == "directory" or size is None:
             raise FileNotFoundError(path)
         marks = ("ETag", "etag", "mtime", "LastModified", "Last-Modified", "updated", "last_modified", "created")
         version = next((str(found[mark]) for mark in marks if found.get(mark)), "")
-        return RemoteInfo(int(found["size"]), version.strip('"'))
+        return RemoteInfo(int(size), version.strip('"'))
+
+    def _described(self, target: str) -> dict[str, Any]:
+        """What the store says about an object. On S3 that is one request, once the bucket is known to exist."""
+        if self._bucket_exists and hasattr(self._filesystem, "call_s3"):
+            bucket, key, _ = self._filesystem.split_path(target)
+            return dict(self._filesystem.call_s3("head_object", Bucket=bucket, Key=key))
+        try:
+            return dict(self._filesystem.info(target))  # s3fs lists too, where there is no such object
+        except FileNotFoundError as error:
+            self._bucket_exists = code_of(error) != "NoSuchBucket"
+            raise
 
     def _repeated(self, path: str, once: Callable[[], _Result]) -> _Result:
         """What `once()` returns, repeated while what goes wrong may pass."""

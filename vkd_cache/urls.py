@@ -25,16 +25,15 @@ def check_url(url: str, what: str) -> None:
     Raises:
         ConfigError: user:password@, or a query with a signature, a token or a key. The message does not repeat them.
     """
-    protocol, separator, rest = url.partition("://")
-    if not separator:
-        return
-    found = _credentials_in(protocol.lower(), rest)
-    if found:
-        raise ConfigError(
-            f"{what}: the {protocol}:// URL carries {found}, which would end in logs and records. Take it out of the "
-            "URL and give credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE) or "
-            "in fsspec's configuration; docs/storage.md says how."
-        )
+    for part in url.split("::"):  # some tools join URLs so; ours refuse that later, and would show them all
+        protocol, separator, rest = part.partition("://")
+        found = _credentials_in(protocol.lower(), rest) if separator else ""
+        if found:
+            raise ConfigError(
+                f"{what}: the {protocol}:// URL carries {found}, which would end in logs and records. Take it out of "
+                "the URL and give credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                "AWS_PROFILE) or in fsspec's configuration; docs/storage.md says how."
+            )
 
 
 _SECRETIVE = re.compile(r"sig|token|key|secret|passw|credential|auth|x-(amz|goog|oss)-", re.IGNORECASE)
