@@ -35,8 +35,8 @@ from vkd_cache.sources import (
 from vkd_cache.sources.folder import FolderSource
 from vkd_cache.sources.keys import PackedShards, hash_order, key_problem
 from vkd_cache.sources.labels import parse_label
+from vkd_cache.sources.tar_index import split_member_name
 from vkd_cache.sources.tar_members import TarReader
-from vkd_cache.sources.tars import split_member_name
 
 
 def jpeg(colour: int = 0) -> bytes:

@@ -35,6 +35,11 @@ class Findings:
         if count < _NUM_SHOWN:
             self._names.setdefault(problem, []).append(name)
 
+    @property
+    def total(self) -> int:
+        """Mistakes of all kinds."""
+        return sum(self._counts.values())
+
     def raise_any(self) -> None:
         """Raise what was found.
 

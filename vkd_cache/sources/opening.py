@@ -16,7 +16,7 @@ from vkd_cache.sources.coco import CocoSource
 from vkd_cache.sources.findings import first_few
 from vkd_cache.sources.folder import FolderSource, class_folders, image_files
 from vkd_cache.sources.shard import Source
-from vkd_cache.sources.tars import TarSource
+from vkd_cache.sources.tars import LocalTars, TarSource
 
 _SPLITS = ("train", "val", "test")
 _MAX_TARS = 2**20
@@ -45,7 +45,7 @@ def open_source(spec: str, *, split: str = "train", shard_size: int = 1024) -> S
     if root.is_dir():
         return _open_folder(root, spec, split, shard_size)
     if ".tar" in spec:
-        return TarSource(expand_pattern(spec), location=spec)
+        return TarSource(LocalTars(expand_pattern(spec)), location=spec)
     found = "a file that is not a .tar" if root.exists() else "nothing"
     raise SourceError(
         f"{spec}: found {found} there, expected a folder of classes (root/class/image.jpg), a folder with train/ and "
@@ -144,7 +144,7 @@ def _open_folder(root: Path, spec: str, split: str, shard_size: int) -> Source:
     folders = class_folders(root)
     tars = sorted(str(path) for path in root.glob("*.tar") if not path.name.startswith("."))
     if tars and not folders:
-        return TarSource(tars, location=spec)
+        return TarSource(LocalTars(tars), location=spec)
     return FolderSource(root, shard_size=shard_size, location=spec, class_names=class_names)
 
 

@@ -35,19 +35,19 @@ class TarReader:
     """An open archive: its members, and bytes at an offset. Reads never move a file position, so it survives a fork.
 
     Attributes:
-        path: the archive, for messages.
+        path: the archive, or the URL that it is a copy of, for messages.
         num_bytes: its size when it was opened.
     """
 
-    def __init__(self, path: str) -> None:
-        """Open `path`.
+    def __init__(self, path: str, handle: int | None = None) -> None:
+        """Open `path`, or take over the file descriptor `handle`.
 
         Raises:
             SourceError: it cannot be opened.
         """
         self.path = path
         try:
-            self._handle = os.open(path, os.O_RDONLY)
+            self._handle = os.open(path, os.O_RDONLY) if handle is None else handle
         except OSError as error:
             raise SourceError(
                 f"{shown(path)}: the tar cannot be opened ({error.strerror}). Check that it is there and readable."
@@ -60,6 +60,10 @@ class TarReader:
     def current_bytes(self) -> int:
         """The archive's size now."""
         return os.fstat(self._handle).st_size
+
+    def is_removed(self) -> bool:
+        """Whether the open file has no name any more: its space is free when it is closed."""
+        return os.fstat(self._handle).st_nlink == 0
 
     def read(self, offset: int, num_bytes: int) -> bytes:
         """Up to `num_bytes` bytes from `offset`; fewer only where the file ends.

@@ -1,45 +1,85 @@
 """WebDataset tar shards as a source: one shard a tar, samples in the order they lie there, read by offset.
 
-The grouping into samples is webdataset's own: adjacent members with the same path up to the first dot of the file
-name. A shard is what was packed together: tars packed class by class work, but badly, and give a warning.
+A shard is what was packed together: tars packed class by class work, but badly, and give a warning. Where the tars lie,
+here or behind a URL, is no part of what the data set is.
 """
 
 import os
 import warnings
-from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from vkd_cache.config import MAX_CLASSES
 from vkd_cache.errors import SourceError
 from vkd_cache.sources.findings import Findings, Problem, first_few
-from vkd_cache.sources.folder import IMAGE_EXTENSIONS, check_image_bytes
-from vkd_cache.sources.keys import PackedShards, hash_order, key_problem, shown
-from vkd_cache.sources.labels import parse_label
-from vkd_cache.sources.shard import Shard
-from vkd_cache.sources.tar_members import TarMember, TarReader
+from vkd_cache.sources.folder import check_image_bytes
+from vkd_cache.sources.keys import PackedShards, hash_order, shown
+from vkd_cache.sources.shard import Shard, Source
+from vkd_cache.sources.tar_index import TarIndex, index_tar
+from vkd_cache.sources.tar_members import TarReader
 
 _OPEN_TARS = 32
-_LABEL_LIMIT_BYTES = 1 << 22
 
-_NO_LABEL = Problem(
-    "samples with an image and no label", "Each image needs a .cls, or a .json with a label, right beside it."
-)
-_NO_IMAGE = Problem(
-    "samples with a label and no image (jpg, jpeg, png, webp)", "Pack the members of a sample next to each other."
-)
-_MANY_IMAGES = Problem("samples with more than one member of a kind", "Keep one image and one label a sample.")
-_BAD_LABEL = Problem("labels that are not a class index", "Write .cls as an ASCII integer, or .json {'label': 3}.")
-_BAD_KEY = Problem("samples whose name cannot be a key", "Rename the members.")
 _TWICE = Problem("keys that appear twice", "Rename or remove one of each pair: a key names one sample.")
-_NO_SAMPLES = Problem("tars without a sample", "Remove them, or check how they were packed.")
 
 
 class SingleClassShardWarning(UserWarning):
     """Tar shards that hold one class only: mixing and shuffling, which stay inside shards, lose their point."""
+
+
+class Tars(Protocol):
+    """Where tars lie. Picklable.
+
+    Attributes:
+        names: the file name of each.
+    """
+
+    names: Sequence[str]
+
+    def indexes(self, findings: Findings) -> Iterator[TarIndex]:
+        """What is in each of them, in order; what is wrong goes to `findings`.
+
+        Raises:
+            SourceError: a tar that cannot be read at all.
+        """
+        ...
+
+    def open(self, shard: int) -> TarReader:
+        """One of them, to read from.
+
+        Raises:
+            SourceError: it cannot be had any more.
+        """
+        ...
+
+    def read_ahead(self, now: Sequence[int], soon: Sequence[int]) -> None:
+        """Be told which will be read; see the function `read_ahead`."""
+        ...
+
+
+class LocalTars:
+    """Tars in the file system."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.names: Sequence[str] = tuple(os.path.basename(path) for path in paths)  # noqa: PTH119
+        self._given = tuple(paths)
+        self._paths = tuple(os.path.abspath(path) for path in paths)  # noqa: PTH100 - resolve() would follow links
+
+    def indexes(self, findings: Findings) -> Iterator[TarIndex]:
+        """See `Tars`."""
+        return (
+            index_tar(TarReader(path), name, findings) for path, name in zip(self._given, self.names, strict=True)
+        )
+
+    def open(self, shard: int) -> TarReader:
+        """See `Tars`."""
+        return TarReader(self._paths[shard])
+
+    def read_ahead(self, now: Sequence[int], soon: Sequence[int]) -> None:
+        """Nothing: the system reads ahead by itself."""
 
 
 class TarSource:
@@ -51,8 +91,8 @@ class TarSource:
 
     kind: str = "tar"
 
-    def __init__(self, paths: Sequence[str], *, location: str | None = None) -> None:
-        """Index the tars at `paths`, one shard each, in this order.
+    def __init__(self, tars: Tars, *, location: str) -> None:
+        """Index `tars`, one shard each, in this order; `location` is what the user gave.
 
         Warns:
             SingleClassShardWarning: some of them hold one class only.
@@ -60,34 +100,28 @@ class TarSource:
         Raises:
             SourceError: a tar that cannot be read, or anything that `docs/sources.md` lists.
         """
-        self.location = first_few(list(paths)) if location is None else location
+        self.location = location
         self.class_names: tuple[str, ...] | None = None
-        self._paths = tuple(os.path.abspath(path) for path in paths)  # noqa: PTH100 - resolve() would follow links
+        self._tars = tars
         self._open: dict[int, TarReader] = {}
-        findings = Findings(self.location)
-        index = _Index()
-        for path in paths:
-            index.add_tar(path, findings)
-        if index.keys:
-            _find_twins(index, paths, findings)
+        findings = Findings(location)
+        indexes = list(tars.indexes(findings))
+        if any(index.keys for index in indexes):
+            _find_twins(indexes, tars.names, findings)
         findings.raise_any()
-        self._tar_bytes = tuple(index.tar_bytes)
-        self._offsets: npt.NDArray[np.uint64] = np.asarray(index.offsets, dtype=np.uint64)
-        self._num_bytes: npt.NDArray[np.uint64] = np.asarray(index.num_bytes, dtype=np.uint64)
-        labels = np.asarray(index.labels, dtype=np.uint32)
+        self._tar_bytes = tuple(index.tar_bytes for index in indexes)
+        self._offsets = np.concatenate([index.offsets for index in indexes])
+        self._num_bytes = np.concatenate([index.num_bytes for index in indexes])
+        labels = np.concatenate([index.labels for index in indexes])
         self.num_classes = int(labels.max()) + 1
         if self.num_classes > MAX_CLASSES:
             raise SourceError(
                 f"{shown(self.location)}: the largest label is {self.num_classes - 1}, at most {MAX_CLASSES - 1} is "
                 "expected: a network has one output for each from 0 on. Number the classes from 0."
             )
-        self._packed = PackedShards(
-            [os.path.basename(path) for path in paths],  # noqa: PTH119 - a string is all we have
-            (index.keys[first:last] for first, last in index.bounds()),
-            labels,
-        )
+        self._packed = PackedShards(tars.names, (index.keys for index in indexes), labels)
         self.shards: Sequence[Shard] = self._packed
-        _warn_single_class(index, labels, paths, self.location)
+        _warn_single_class(indexes, tars.names, location)
 
     def read(self, shard: int, row: int) -> bytes:
         """The encoded image of sample `row` of shard `shard`; see `Source`."""
@@ -104,145 +138,57 @@ class TarSource:
             )
         return data
 
+    def read_ahead(self, now: Sequence[int], soon: Sequence[int]) -> None:
+        """See the function `read_ahead`."""
+        self._tars.read_ahead(now, soon)
+
     def _reader(self, shard: int) -> TarReader:
+        # threads may share a source: each change is one atomic step, and one that is reading keeps its reader
         if len(self._open) >= _OPEN_TARS:
-            self._open.clear()  # one atomic step; a thread that is reading keeps its reader
-        reader = self._open[shard] = TarReader(self._paths[shard])
+            self._open.clear()
+        for other, reader in list(self._open.items()):
+            if reader.is_removed():  # the space of a local copy is free when nobody has it open
+                self._open.pop(other, None)
+        reader = self._open[shard] = self._tars.open(shard)
         return reader
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_open": {}}
 
 
-class _Sample:
-    """What the members of one sample have given so far."""
+def read_ahead(source: Source, now: Sequence[int], soon: Sequence[int] = ()) -> None:
+    """Tell a source which shards are going to be read, so that those behind a URL are being copied by then.
 
-    __slots__ = ("cls", "document", "doubled", "image", "key")
+    Args:
+        source: any; those that are local have nothing to do.
+        now: shards that are read from now on, all at once.
+        soon: those that come then, in order.
 
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.image: TarMember | None = None
-        self.cls: bytes | None = None
-        self.document: bytes | None = None
-        self.doubled = False
-
-
-class _Index:
-    """Flat columns over all samples of all tars, filled tar by tar."""
-
-    def __init__(self) -> None:
-        self.keys: list[bytes] = []
-        self.labels, self.offsets, self.num_bytes = array("I"), array("Q"), array("Q")
-        self.ends: list[int] = []
-        self.tar_bytes: list[int] = []
-
-    def bounds(self) -> Iterator[tuple[int, int]]:
-        """(first, last) sample of each tar, last excluded."""
-        return zip([0, *self.ends[:-1]], self.ends, strict=True)
-
-    def add_tar(self, path: str, findings: Findings) -> None:
-        reader = TarReader(path)
-        name = os.path.basename(path)  # noqa: PTH119
-        any_sample = False
-        for sample in _samples(reader):
-            any_sample = True
-            self._add_sample(sample, name, findings)
-        if not any_sample:
-            findings.add(_NO_SAMPLES, name)
-        self.ends.append(len(self.keys))
-        self.tar_bytes.append(reader.num_bytes)
-
-    def _add_sample(self, sample: _Sample, tar: str, findings: Findings) -> None:
-        where = f"{shown(sample.key)} in {tar}"
-        problem = key_problem(sample.key)
-        if problem:
-            findings.add(_BAD_KEY, f"{where} ({problem})")
-        elif sample.doubled:
-            findings.add(_MANY_IMAGES, where)
-        elif sample.image is None:
-            findings.add(_NO_IMAGE, where)
-        elif sample.cls is None and sample.document is None:
-            findings.add(_NO_LABEL, where)
-        else:
-            try:
-                label = parse_label(sample.cls, sample.document)
-            except ValueError as error:
-                findings.add(_BAD_LABEL, f"{where} ({error})")
-                return
-            self.keys.append(sample.key.encode("utf-8"))
-            self.labels.append(label)
-            self.offsets.append(sample.image.offset)
-            self.num_bytes.append(sample.image.num_bytes)
+    Raises:
+        ConfigError: the local copies of `now` would be larger than the bound for all of them.
+    """
+    if isinstance(source, TarSource):
+        source.read_ahead(now, soon)
 
 
-def split_member_name(name: str) -> tuple[str, str] | None:
-    """(key, lower-case extension) as webdataset splits a member's name; None for members that belong to no sample."""
-    base = name.rfind("/") + 1
-    dot = name.find(".", base)
-    if dot <= base:  # no extension, or a hidden file
-        return None
-    first = name.partition("/")[0]
-    # webdataset's own metadata members: __name__ or anything below __name__/
-    if first.startswith("__") and first.endswith("__") and len(first) >= 4:
-        return None
-    return name[:dot], name[dot + 1 :].lower()
-
-
-def _samples(reader: TarReader) -> Iterator[_Sample]:
-    """Samples of one tar that have an image or a label; members with other extensions are ignored."""
-    current: _Sample | None = None
-    for member in reader.members():
-        parts = split_member_name(member.name)
-        if parts is None:
-            continue
-        key, extension = parts
-        is_image = extension in IMAGE_EXTENSIONS
-        # a sample ends with the next member of another key, even one that is ignored otherwise
-        if current is not None and current.key != key:
-            yield current
-            current = None
-        if not is_image and extension not in ("cls", "json"):
-            continue
-        if current is None:
-            current = _Sample(key)
-        if is_image:
-            current.doubled |= current.image is not None
-            current.image = member
-        elif extension == "cls":
-            current.doubled |= current.cls is not None
-            current.cls = _label_bytes(reader, member)
-        else:
-            current.doubled |= current.document is not None
-            current.document = _label_bytes(reader, member)
-    if current is not None:
-        yield current
-
-
-def _label_bytes(reader: TarReader, member: TarMember) -> bytes:
-    if member.num_bytes > _LABEL_LIMIT_BYTES:
-        raise SourceError(
-            f"{shown(reader.path)}: {shown(member.name)} has {member.num_bytes} bytes, at most {_LABEL_LIMIT_BYTES} "
-            "are expected of a label. Write labels as .cls."
-        )
-    return reader.read_near(member.offset, member.num_bytes)
-
-
-def _find_twins(index: _Index, paths: Sequence[str], findings: Findings) -> None:
-    _, twins = hash_order(index.keys)
+def _find_twins(indexes: Sequence[TarIndex], names: Sequence[str], findings: Findings) -> None:
+    keys = [key for index in indexes for key in index.keys]
+    ends = np.cumsum([len(index.keys) for index in indexes]).tolist()
+    _, twins = hash_order(keys)
     for pair in twins:
-        tars = [os.path.basename(paths[bisect_right(index.ends, at)]) for at in pair]  # noqa: PTH119
-        findings.add(_TWICE, f"{shown(index.keys[pair[0]].decode())} ({' and '.join(tars)})")
+        tars = [names[bisect_right(ends, at)] for at in pair]
+        findings.add(_TWICE, f"{shown(keys[pair[0]].decode())} ({' and '.join(tars)})")
 
 
-def _warn_single_class(index: _Index, labels: npt.NDArray[np.uint32], paths: Sequence[str], location: str) -> None:
+def _warn_single_class(indexes: Sequence[TarIndex], names: Sequence[str], location: str) -> None:
     single = [
-        os.path.basename(path)  # noqa: PTH119
-        for path, (first, last) in zip(paths, index.bounds(), strict=True)
-        if last - first > 1 and np.ptp(labels[first:last]) == 0
+        name
+        for index, name in zip(indexes, names, strict=True)
+        if len(index.labels) > 1 and np.ptp(index.labels) == 0
     ]
     if single:
         warnings.warn(
-            f"{location}: {len(single)} of {len(paths)} tar shards hold one class only: {first_few(single)}. Mixing "
+            f"{location}: {len(single)} of {len(names)} tar shards hold one class only: {first_few(single)}. Mixing "
             "partners and shuffling stay inside a shard, so images are mixed with their own class and batches are "
             "one-sided: the student gets worse. Shuffle the samples over the tars when packing.",
             SingleClassShardWarning,
