@@ -171,8 +171,9 @@ class Learner:
         modules = [self.student, *([self.ema.module] if self.ema is not None else [])]
         tensors = [value for module in modules for value in module.state_dict().values()]
         tensors += [value for held in self.optimizer.state.values() for value in held.values()]
-        sums = [value.detach().sum().to(self._device) for value in tensors if value.is_floating_point()]
-        return bool(torch.stack(sums).isfinite().all())
+        numbers = [value.detach() for value in tensors if value.is_floating_point() and value.numel()]
+        extremes = [extreme.to(self._device) for value in numbers for extreme in value.aminmax()]  # nan if any is
+        return bool(torch.stack(extremes).isfinite().all())
 
     def scale_has_sunk(self) -> bool:
         """Whether fp16's gradients have overflowed step after step, so that nothing is learnt; waits for the device.

@@ -150,7 +150,8 @@ def report(incident: Incident, run: Run, nodes: Sequence[str], *, command: str =
 def remove_reports(output: Path) -> None:
     """Remove the reports of a run before this one."""
     for path in output.glob("nonfinite*.json"):
-        path.unlink(missing_ok=True)
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def unusable_features(cache: Cache, step: SeenStep | None, nodes: Sequence[str]) -> list[dict[str, Any]]:
@@ -266,7 +267,7 @@ def _sentences(incident: Incident, run: Run, poisoned: Sequence[str], there: str
 
 def _found(incident: Incident, run: Run) -> str:
     if incident.fault == Fault.WEIGHTS:
-        return "the weights are not finite"
+        return "weights, or what the optimizer knows of their gradients, are not finite"
     if incident.fault == Fault.SCALE:
         return "the loss scale has sunk to nothing, because the gradients overflow float16 at every step"
     bad = [rank for rank, terms in enumerate(incident.ranks) if not all(map(math.isfinite, terms.values()))]
