@@ -146,7 +146,7 @@ def test_kill_9(small_cache: Path, digits_tree: Path, whole: Path, tmp_path: Pat
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert read_checkpoint(output / "last.pt")["standing"]["step"] == 4
-    (output / ".last.pt.abc.tmp").write_bytes(b"half a checkpoint")
+    (output / ".last.pt.0123456789abcdef.tmp").write_bytes(b"half a checkpoint")
     with (output / "log.jsonl").open("a") as file_of_log:
         file_of_log.write('{"kind": "step", "st')
     again = [*command, "-1", "train", file, "--workers", "0", "--resume", "auto"]

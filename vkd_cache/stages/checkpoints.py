@@ -5,11 +5,13 @@ resolved configuration, so that `eval` can build the student from the file alone
 """
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vkd_cache import console
 from vkd_cache.config import Config, config_to_json
 from vkd_cache.errors import CheckpointError, ConfigError
 from vkd_cache.runtime import expand_home, write_atomic
@@ -24,11 +26,12 @@ FREE_FIELDS = {
     "train": {"workers", "device", "output", "resume", "log_every", "checkpoint_every", "tensorboard", "digest_check"},
     "extract": {"workers", "device", "strict"},
     "eval": {"workers", "device", "batch_size", "output"},
-    "source": {"train", "val"},
+    "source": {"train", "val", "local_dir", "local_gb"},
     "student": {"weights"},
     "cache": {"url"},
 }
 FIRST_STAGE = ("teacher", "cache", "extract")  # without a live teacher they matter by the cache's fingerprint alone
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")  # as runtime.write_atomic names them
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -112,10 +115,14 @@ def check_same_run(path: Path, state: dict[str, Any], config: Config, identity: 
         )
 
 
-def remove_stale(output: Path) -> None:
-    """Remove what a killed process left of a file it was writing."""
-    for path in output.glob(".*.tmp"):
+def remove_stale(output: Path) -> int:
+    """Remove what killed processes left of files they were writing, say so, and return how many there were."""
+    stale = [path for path in output.glob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
+    for path in stale:
         path.unlink(missing_ok=True)
+    if stale:
+        console.say(f"train: removed {len(stale)} temporary files that a killed run left in {output}")
+    return len(stale)
 
 
 def _plain(value: Any) -> Any:
