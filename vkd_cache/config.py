@@ -206,8 +206,8 @@ class TrainConfig:
     batch_size: int = option(
         512, "samples per step and process; even, so that mixed pairs stay together", minimum=2, maximum=_MAX_BATCH
     )
-    lr: float = option(5e-4, "peak learning rate of AdamW", minimum=0.0)
-    min_lr: float = option(5e-6, "learning rate at the end of the cosine", minimum=0.0)
+    lr: float = option(5e-4, "peak learning rate of AdamW", minimum=0.0, maximum=1e30)
+    min_lr: float = option(5e-6, "learning rate at the end of the cosine", minimum=0.0, maximum=1e30)
     warmup_epochs: float = option(0.0, "linear warm-up from zero, epochs", minimum=0.0)
     weight_decay: float = option(0.05, "AdamW weight decay (not on norms, biases, tokens, projector)", minimum=0.0)
     beta1: float = option(0.9, "AdamW beta 1", minimum=0.0, maximum=0.9999999)
