@@ -20,7 +20,7 @@ from vkd_cache.detection.sampling import sample_places
 from vkd_cache.sources import Source
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, pixel_versions, render_loader
 from vkd_cache.stages.verify_sample import Level
-from vkd_cache.views.mixing import drop_partners, plan_mixing
+from vkd_cache.views.mixing import drop_partners, plan_mixing_in
 from vkd_cache.views.params import params_from_columns, params_to_columns
 from vkd_cache.views.plan import plan_view
 from vkd_cache.views.recipe import Recipe
@@ -167,7 +167,13 @@ class PixelCheck:
             return
         if not np.array_equal(unit.columns["label"], shard.labels[rows]):
             self._level.error(where, f"holds other labels than shard {unit.id.shard} of {self._source.location}.")
-        plan = plan_mixing(self._recipe, self._cache.manifest.seed, shard.keys, unit.id.view)
+        groups = self._cache.record(*unit.id).planned_in or (len(shard.keys),)
+        if sum(groups) != len(shard.keys):
+            self._level.error(
+                where, f"origin.planned_in: found {sum(groups)} samples in all, the shard has {len(shard.keys)}."
+            )
+            return
+        plan = plan_mixing_in(groups, self._recipe, self._cache.manifest.seed, shard.keys, unit.id.view)
         broken = np.setdiff1d(np.arange(len(shard.keys)), rows)
         plan = drop_partners(plan, broken.tolist()) if len(broken) else plan
         planned: dict[str, npt.NDArray[Any]] = {

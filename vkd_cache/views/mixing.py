@@ -53,6 +53,24 @@ def plan_mixing(recipe: Recipe, seed: int, keys: Sequence[str], view: int) -> Mi
     return plan
 
 
+def plan_mixing_in(groups: Sequence[int], recipe: Recipe, seed: int, keys: Sequence[str], view: int) -> MixPlan:
+    """`plan_mixing` within each group of rows by itself: of a shard that was joined from others after it was planned.
+
+    Args:
+        groups: samples of each group, in row order; their sum is the number of keys.
+        recipe, seed, keys, view: as for `plan_mixing`.
+    """
+    ends = np.cumsum(groups).tolist()
+    plans = [plan_mixing(recipe, seed, keys[end - count : end], view) for count, end in zip(groups, ends, strict=True)]
+    offsets = np.repeat(np.array(ends) - np.array(groups), groups).astype(np.uint32)
+    return MixPlan(
+        partner=np.concatenate([plan.partner for plan in plans]) + offsets,
+        kind=np.concatenate([plan.kind for plan in plans]),
+        lam=np.concatenate([plan.lam for plan in plans]),
+        box=np.concatenate([plan.box for plan in plans]),
+    )
+
+
 def _ranks(seed: int, keys: Iterable[str], view: int) -> Iterator[bytes]:
     """A keyed hash per sample; neighbours in the order of these hashes are partners."""
     head = _VIEW.pack(view)
