@@ -256,10 +256,12 @@ class RemoteFiles:
             bucket, key, _ = self._filesystem.split_path(target)
             return dict(self._filesystem.call_s3("head_object", Bucket=bucket, Key=key))
         try:
-            return dict(self._filesystem.info(target))  # s3fs lists too, where there is no such object
+            found = dict(self._filesystem.info(target))  # s3fs lists too, where there is no such object
         except FileNotFoundError as error:
             self._bucket_exists = code_of(error) != "NoSuchBucket"
             raise
+        self._bucket_exists = True
+        return found
 
     def _repeated(self, path: str, once: Callable[[], _Result]) -> _Result:
         """What `once()` returns, repeated while what goes wrong may pass."""
