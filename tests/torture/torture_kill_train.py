@@ -5,7 +5,7 @@
 One round lets one run be killed at random moments, with and without a data worker, until it is done; then it kills a
 new run at its n-th touch of a file (before a file is begun, in the middle of it, before it takes its name), for every n
 of a whole run, and lets it finish. After each kill the checkpoints load; at the end weights, state and log are those of
-a run that nobody killed, to the last bit. A round takes about two minutes; the last one is cut short.
+a run that nobody killed, to the last bit. A round takes minutes; the last one is cut short.
 """
 
 import argparse
@@ -74,4 +74,5 @@ if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--minutes", type=float, default=10.0, help="how long; default: 10")
     arguments = [__file__, "-s", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    arguments += ["-o", "faulthandler_timeout=0"]
     sys.exit(pytest.main(arguments, plugins=[Minutes(options.parse_args().minutes)]))
