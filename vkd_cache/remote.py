@@ -99,7 +99,7 @@ class RemoteFiles:
     def __init__(self, url: str, root: str) -> None:
         self.url = url
         self._root = root
-        self._client: tuple[int, Any] | None = None
+        self._clients: dict[int, Any] = {}  # by process
         self._answered = self._bucket_exists = False
         # Waits differ between processes that were refused together: seeded by the host's name and the process.
         self._jitter = np.random.default_rng([zlib.crc32(socket.gethostname().encode()), os.getpid()])
@@ -213,10 +213,10 @@ class RemoteFiles:
 
     @property
     def _filesystem(self) -> Any:
-        # A forked process has no thread for the parent's event loop, and must not share its sockets.
-        if self._client is None or self._client[0] != os.getpid():
-            self._client = (os.getpid(), _new_filesystem(self.url))
-        return self._client[1]
+        # A forked process has no thread for its parent's event loop, and must neither share its sockets nor close them.
+        if os.getpid() not in self._clients:
+            self._clients[os.getpid()] = _new_filesystem(self.url)
+        return self._clients[os.getpid()]
 
     def _target(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
