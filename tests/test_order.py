@@ -35,6 +35,18 @@ def test_ranks_take_equal_steps_and_share_no_slot(slot_counts, world, seed, epoc
 
 
 @settings(deadline=None, max_examples=60)
+@given(counts, st.integers(1, 4), st.integers(0, 20))
+def test_a_rank_knows_its_windows(slot_counts, world, epoch):
+    for rank in range(world):
+        mine = order(slot_counts, rank=rank, world=world, epoch=epoch)
+        windows = mine.windows()
+        known = {int(shard) for number in mine.own_windows() for shard in windows[number]} if mine.num_steps else set()
+        opened = {shard for shard, _ in slots_of(mine.steps())}
+        assert opened <= known
+        assert all(opened & set(windows[number].tolist()) for number in mine.own_windows() if opened)
+
+
+@settings(deadline=None, max_examples=60)
 @given(counts, st.integers(0, 20), st.integers(1, 3))
 def test_starting_later_gives_the_rest_of_the_same_order(slot_counts, start, world):
     mine = order(slot_counts, rank=world - 1, world=world)

@@ -64,14 +64,17 @@ def same_value(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    """Checkpoints and logs of two runs are equal to the last bit, but for where they were written and the times."""
+def assert_same_run(one: Path, other: Path, *, free: tuple[str, ...] = ()) -> None:
+    """Checkpoints and logs of two runs are equal to the last bit, but for where they were written, the times, and the
+    sections of the configuration that are `free`."""
     assert {path.name for path in one.glob("*.pt")} == {path.name for path in other.glob("*.pt")}
     for path in one.glob("*.pt"):
         states = [read_checkpoint(folder / path.name) for folder in (one, other)]
         for state in states:
             for name in ("output", "resume", "workers"):
                 del state["config"]["train"][name]
+            for section in free:
+                del state["config"][section]
         differing = [name for name in states[0] if not same_value(states[0][name], states[1].get(name))]
         assert not differing, f"{path.name}: {differing}"
     for kind in ("step", "eval"):

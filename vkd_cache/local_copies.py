@@ -78,6 +78,11 @@ class LocalCopies:
         """
         return self._open(self.folder / "copies" / original.name, original, fetch)
 
+    def touch(self, original: Original) -> None:
+        """Let the copy of `original`, if there is one, be the last to be removed: it is still in use."""
+        with self._own_errors(), contextlib.suppress(FileNotFoundError):
+            _touch(self.folder / "copies" / original.name)
+
     def drop(self, original: Original) -> None:
         """Remove the copy of `original`, if there is one: it is damaged."""
         with self._own_errors():

@@ -5,7 +5,7 @@ from vkd_cache.sources.coco import CocoSource, is_detection
 from vkd_cache.sources.identity import source_identity
 from vkd_cache.sources.opening import open_source, validation_beside
 from vkd_cache.sources.shard import Shard, Source, SourceIdentity
-from vkd_cache.sources.tars import SingleClassShardWarning
+from vkd_cache.sources.tars import SingleClassShardWarning, read_ahead
 
 __all__ = [
     "BoxAnnotation",
@@ -16,6 +16,7 @@ __all__ = [
     "SourceIdentity",
     "is_detection",
     "open_source",
+    "read_ahead",
     "source_identity",
     "validation_beside",
 ]

@@ -11,12 +11,14 @@ from pathlib import Path
 import braceexpand
 
 from vkd_cache.errors import SourceError
+from vkd_cache.local_copies import LocalCopies, open_copies
 from vkd_cache.runtime import expand_home
 from vkd_cache.sources.coco import CocoSource
 from vkd_cache.sources.findings import first_few
 from vkd_cache.sources.folder import FolderSource, class_folders, image_files
 from vkd_cache.sources.shard import Source
 from vkd_cache.sources.tars import LocalTars, TarSource
+from vkd_cache.urls import check_url, is_remote
 
 _SPLITS = ("train", "val", "test")
 _MAX_TARS = 2**20
@@ -24,23 +26,31 @@ _NUMBERS = re.compile(r"\{(-?\d+)\.\.(-?\d+)[.}]")
 _COCO_FOLDER = re.compile(r"(train|val)20\d\d")
 
 
-def open_source(spec: str, *, split: str = "train", shard_size: int = 1024) -> Source:
+def open_source(
+    spec: str, *, split: str = "train", shard_size: int = 1024, copies: LocalCopies | None = None
+) -> Source:
     """Open and index a data set.
 
     Args:
         spec: a folder of classes; a folder with train/ and val/; COCO's folder, with annotations/; a folder of tars;
-            or one tar, or a brace or glob pattern of tars.
+            or one tar, or a brace or glob pattern of tars. Tars may lie behind a URL that fsspec knows.
         split: which of train/ and val/, or of COCO's splits, where the folder has them; without effect on the other
             forms.
         shard_size: samples per shard of a folder or COCO source; tar shards keep their own.
+        copies: where tars from behind a URL are copied to; None: 100 GB in the user's own cache folder.
 
     Raises:
         SourceError: nothing is there, or the data set cannot be used as it is; see `docs/sources.md`.
+        ConfigError: a URL that cannot be used, or carries credentials; a bound too small for the tars behind it.
+        StorageError: a store that does not answer.
     """
     if not spec:
         raise SourceError("no source given, expected a folder of classes or a pattern of tars. Give --source.")
-    if "://" in spec or spec.startswith("pipe:"):
-        raise SourceError(f"{spec}: sources are local files, expected a folder or a pattern of tars. Copy or mount it.")
+    if spec.startswith("pipe:"):
+        raise SourceError(f"{spec}: commands are not run, expected a folder or a pattern of tars. Give --source.")
+    if is_remote(spec):
+        return _open_remote(spec, copies or open_copies())
+    spec = spec.removeprefix("file://")
     root = Path(expand_home(spec))
     if root.is_dir():
         return _open_folder(root, spec, split, shard_size)
@@ -59,8 +69,8 @@ def validation_beside(spec: str) -> str | None:
     The folder itself when it holds train/ and val/, or COCO's annotations of a validation split; `val` beside a folder
     named train; None for anything else.
     """
-    root = Path(expand_home(spec))
-    if not spec or not root.is_dir():
+    root = Path(expand_home(spec.removeprefix("file://")))
+    if not spec or is_remote(spec) or not root.is_dir():
         return None
     if _is_coco_layout(root):
         return spec if _annotation_files(root, "val") else None
@@ -78,6 +88,34 @@ def expand_pattern(pattern: str) -> list[str]:
     """
     if Path(pattern).is_file():
         return [pattern]
+    parts = _without_braces(pattern)
+    paths = [path for part in parts for path in _expand_glob(expand_home(part))]
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing:
+        raise SourceError(
+            f"{pattern}: {len(missing)} of {len(paths)} tars are missing: {first_few(missing)}. Check the pattern, or "
+            "copy what is missing: a run on part of a data set is never started silently."
+        )
+    _check_twice(pattern, paths)
+    return paths
+
+
+def _open_remote(spec: str, copies: LocalCopies) -> Source:
+    from vkd_cache.sources.remote_tars import RemoteTars, remote_tar_urls
+
+    check_url(spec, "source")
+    urls = remote_tar_urls(_without_braces(spec))
+    _check_twice(spec, urls)
+    return TarSource(RemoteTars(urls, copies, location=spec), location=spec)
+
+
+def _check_twice(pattern: str, tars: list[str]) -> None:
+    twice = [path for path, count in Counter(tars).items() if count > 1]
+    if twice:
+        raise SourceError(f"{pattern}: names {len(twice)} tars twice: {first_few(twice)}. Name each once.")
+
+
+def _without_braces(pattern: str) -> list[str]:
     if _num_named(pattern) > _MAX_TARS:
         raise SourceError(f"{pattern}: names more than {_MAX_TARS} tars. Check the numbers in the braces.")
     try:
@@ -86,17 +124,7 @@ def expand_pattern(pattern: str) -> list[str]:
         raise SourceError(f"{pattern}: braces do not match, expected for example train-{{000..146}}.tar.") from error
     if len(parts) > _MAX_TARS:
         raise SourceError(f"{pattern}: names more than {_MAX_TARS} tars. Check the numbers in the braces.")
-    paths = [path for part in parts for path in _expand_glob(expand_home(part))]
-    missing = [path for path in paths if not Path(path).is_file()]
-    if missing:
-        raise SourceError(
-            f"{pattern}: {len(missing)} of {len(paths)} tars are missing: {first_few(missing)}. Check the pattern, or "
-            "copy what is missing: a run on part of a data set is never started silently."
-        )
-    twice = [path for path, count in Counter(paths).items() if count > 1]
-    if twice:
-        raise SourceError(f"{pattern}: names {len(twice)} tars twice: {first_few(twice)}. Name each once.")
-    return paths
+    return parts
 
 
 def _num_named(pattern: str) -> int:

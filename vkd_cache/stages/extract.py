@@ -20,6 +20,7 @@ from vkd_cache.config import Config, config_to_json, parse_view_range
 from vkd_cache.errors import ConfigError
 from vkd_cache.runtime import JobSplit, hardware, library_versions
 from vkd_cache.sources import Source, open_source
+from vkd_cache.stages.copying import copies_of
 from vkd_cache.stages.extract_checks import check_fit, nodes_to_store
 from vkd_cache.stages.extract_job import ExtractJob, ExtractSummary
 from vkd_cache.stages.extract_plan import ExtractPlan
@@ -39,7 +40,9 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
     """
     started = time.monotonic()
     _check_config(config)
-    source = open_source(config.source.train, split="train", shard_size=config.source.shard_size)
+    source = open_source(
+        config.source.train, split="train", shard_size=config.source.shard_size, copies=copies_of(config.source)
+    )
     recipe = make_recipe(config.views)
     check_fit(config, source, recipe)
     existing = find_cache(config.cache.url)

@@ -8,7 +8,7 @@ meanwhile is neither.
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from vkd_cache.cache.units import UnitId, record_path
 from vkd_cache.cache.writer import CacheWriter
 from vkd_cache.config import Config
 from vkd_cache.errors import CacheError, SourceError, TeacherError
-from vkd_cache.sources import Source
+from vkd_cache.sources import Source, read_ahead
 from vkd_cache.stages.extract_order import UnitOrder
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask
 from vkd_cache.stages.teaching import TeacherRun, taught_batches
@@ -29,6 +29,7 @@ from vkd_cache.stages.units import UnitAssembly, check_storable, unit_tasks
 from vkd_cache.views.recipe import Recipe
 
 MAX_UNITS_WAITING = 2  # finished units that may wait for the writer before the teacher does
+_READ_AHEAD_UNITS = 4  # units whose tars may be copied meanwhile, where they lie behind a URL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,15 +173,16 @@ class ExtractJob:
                 self._queued.synchronize()
             self._queued = torch.cuda.current_stream(self._run.device).record_event()
 
-    def _timed_batches(self, units: Iterable[UnitId]) -> Iterator[tuple[RenderedBatch, torch.Tensor]]:
+    def _timed_batches(self, order: UnitOrder) -> Iterator[tuple[RenderedBatch, torch.Tensor]]:
         started = time.monotonic()
-        for item in taught_batches(self._renderer, self._tasks(units), self._config.extract.workers, self._run):
+        for item in taught_batches(self._renderer, self._tasks(order), self._config.extract.workers, self._run):
             self._seconds["data"] += time.monotonic() - started
             yield item
             started = time.monotonic()
 
-    def _tasks(self, units: Iterable[UnitId]) -> Iterator[RenderTask]:
-        for unit in units:
+    def _tasks(self, order: UnitOrder) -> Iterator[RenderTask]:
+        for unit in order:
+            read_ahead(self._source, [unit.shard], [later.shard for later in order.upcoming(_READ_AHEAD_UNITS)])
             yield from unit_tasks(
                 self._source, self._renderer.recipe, self._config.views.seed, unit, self._run.batch_size
             )

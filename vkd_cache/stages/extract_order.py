@@ -8,6 +8,7 @@ A newcomer's trap: the order never changes what is stored. It is the one place w
 jobs that meet the same third one must not go to the same place.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
@@ -60,6 +61,10 @@ class UnitOrder:
             else:
                 self._stretch.add(unit)
                 yield unit
+
+    def upcoming(self, count: int) -> list[UnitId]:
+        """The units, at most `count`, that come next unless jobs meet."""
+        return [unit for _, unit in itertools.islice(self._ahead, count)]
 
     def lost(self, unit: UnitId) -> None:
         """Take note that another job published `unit` while this one made it; from any thread."""

@@ -9,6 +9,7 @@ Shape legend: b samples of a batch, C width of a node.
 
 import contextlib
 import dataclasses
+import itertools
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ import torch
 
 from vkd_cache import console
 from vkd_cache.errors import CorruptCacheError
+from vkd_cache.sources import read_ahead
 from vkd_cache.stages.joining import Nodes, Part, joined_columns, joined_mix, joined_nodes
 from vkd_cache.stages.order import EpochOrder
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, keep_rows, render_loader
@@ -140,7 +142,7 @@ class Feed:
         for at_epoch in range(epoch, self._schedule.epochs):
             order = self.order(at_epoch)
             view = self.view_of(at_epoch)
-            windows = order.windows()
+            windows = order.windows()[: order.own_windows().stop]  # the next one may be another rank's
             place = {int(shard): number for number, shards in enumerate(windows) for shard in shards}
             ahead = -1
             for number, slots in enumerate(order.steps(step), start=step):
@@ -156,7 +158,9 @@ class Feed:
             step = 0
 
     def _read_ahead(self, windows: Sequence[npt.NDArray[np.int64]], view: int) -> None:
-        """Start reading the units of a window and of the next; forget what lies further back."""
+        """Start reading the units of a window and of the next, and their images; forget what lies further back."""
+        now, *soon = (shards.tolist() for shards in windows)
+        read_ahead(self._renderer.source, now, [*itertools.chain(*soon)])
         for shard in np.concatenate(windows).tolist():
             self._unit(shard, view)
         # the window being left may still have slots in the batch that crosses over: hence three

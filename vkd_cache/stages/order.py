@@ -45,6 +45,13 @@ class EpochOrder:
         shards = _shuffled(len(self.slot_counts), self.seed, self.epoch, 0)
         return [shards[start : start + self.open_shards] for start in range(0, len(shards), self.open_shards)]
 
+    def own_windows(self) -> range:
+        """The windows, by their place in `windows()`, that this rank takes slots of."""
+        ends = np.cumsum([sum(self.slot_counts[shard] for shard in shards) for shards in self.windows()])
+        stretch = self.num_steps * self.slots_per_step
+        first = int(np.searchsorted(ends, self.rank * stretch, side="right"))
+        return range(first, int(np.searchsorted(ends, (self.rank + 1) * stretch, side="left")) + 1)
+
     def steps(self, start_step: int = 0) -> Iterator[npt.NDArray[np.int64]]:
         """The (slots_per_step, 2) array of (shard, slot) of each step from `start_step` on."""
         stretch = self.num_steps * self.slots_per_step
