@@ -416,7 +416,7 @@ def test_fp16_a_skipped_step_is_no_bad_loss_but_nothing_but_skipped_steps_is(
     tiny_config: Build, small_cache: Path, tmp_path: Path
 ) -> None:
     """Gradients that overflow float16 halve the scale and leave the step out; without end, nothing would be learnt."""
-    settings = {"amp": "fp16", "clip_grad": 1.0, "epochs": 4, "log_every": 40, "output": str(tmp_path)}
+    settings = {"amp": "fp16", "clip_grad": 1.0, "batch_size": 4, "log_every": 40, "output": str(tmp_path)}
     config = tiny_config(cache={"url": str(small_cache)}, train=settings, loss={"task_weight": 1e30})
     said, report = failed(config)
     assert "the loss scale has sunk to nothing" in said and "--amp bf16 or off" in said
@@ -433,7 +433,8 @@ def test_a_poisoned_feature_is_named_and_the_run_goes_on_once_it_is_mended(
     unit, row = UnitId(2, 0), 7
 
     def config(output: str, **train: Any) -> Config:
-        settings = {"checkpoint_every": 1, "ema_decay": 0.5, "log_every": 10, "output": str(tmp_path / output)}
+        settings = {"checkpoint_every": 1, "ema_decay": 0.5, "epochs": 1, "log_every": 10, "batch_size": 32}
+        settings |= {"output": str(tmp_path / output)}
         return tiny_config(cache={"url": str(cache)}, train=settings | train)
 
     run(config("whole"))
@@ -474,6 +475,22 @@ def test_poisoned_features_stop_whitening_and_compare(
     assert report["command"] == "compare" and report["at"]["losses"]["cached total"] == "nan"
     assert math.isfinite(report["at"]["losses"]["live total"])
     assert [each["row"] for each in report["unusable_features"]] == [3]
+
+
+def test_a_live_teacher_is_pointed_at(tiny_config: Build, white: tuple[Path, str], tmp_path: Path) -> None:
+    tree, key = white
+    FAULTS.append(Fault("pooled", NAN))
+    config = tiny_config(
+        source={"train": str(tree), "shard_size": 8},
+        views={"recipe": "crop_flip"},
+        teacher={"name": "test_nonfinite:worn", "weights": ""},
+        loss={"logit_weight": 0.0},
+        train={"live_teacher": True, "batch_size": 6, "log_every": 3, "epochs": 1, "output": str(tmp_path / "run")},
+    )
+    said, report = failed(config)
+    assert "The task loss is finite: look at the teacher's outputs for these keys first." in said
+    assert report["live_teacher"] and report["unusable_features"] == []
+    assert key in report["at"]["batches"][0]["keys"] and report["at"]["losses"]["feature"] == "nan"
 
 
 def test_a_report_that_cannot_be_written_hides_nothing(tiny_config: Build, cache: Path, tmp_path: Path) -> None:

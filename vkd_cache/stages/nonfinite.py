@@ -29,6 +29,7 @@ from vkd_cache.stages.units import finite_rows
 
 REPORT_NAME, RANK_REPORT_NAME = "nonfinite.json", "nonfinite-rank{}.json"
 _SHOWN_KEYS = 3
+_SANE = 1e6  # a loss above is that of a student that has diverged, finite or not
 
 
 class Fault(enum.IntEnum):
@@ -283,8 +284,8 @@ def _hints(incident: Incident, run: Run) -> list[str]:
     if before is not None and before.gradient_norm is not None and not math.isfinite(before.gradient_norm):
         if run.config.train.amp != "fp16":  # whose scaler has skipped that step
             return [f"The gradients of step {before.step} were not finite, though its loss was."]
-    elif any(
-        math.isfinite(terms.get("task", math.nan)) and not all(map(math.isfinite, terms.values()))
+    elif run.config.train.live_teacher and any(
+        abs(terms.get("task", math.inf)) < _SANE and not all(map(math.isfinite, terms.values()))
         for terms in incident.ranks
     ):
         return ["The task loss is finite: look at the teacher's outputs for these keys first."]
