@@ -76,7 +76,8 @@ class ConvertJob:
         self._source = source
         self._cut = cut
         self._writer = writer
-        self._mixes = Recipe.from_json(source.manifest.recipe).mixes
+        # only shards that are joined have something new to say of their mixing
+        self._mixes = not cut.is_new or Recipe.from_json(source.manifest.recipe).mixes
         self._failed: dict[UnitId, str] = {}
         self._units_left_out = 0
         self._units = self._units_wasted = self._samples = self._before = self._after = 0  # by the writer thread alone

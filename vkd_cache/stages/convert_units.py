@@ -168,7 +168,7 @@ def broken_rows(parts: Sequence[Part]) -> list[tuple[str, int, str]]:
 
 
 def unit_origin(parts: Sequence[Part], source: Cache, *, mixes: bool) -> dict[str, Any]:
-    """What the record says of where a unit came from; see docs/format.md."""
+    """What the record says of where a unit came from, see docs/format.md; `mixes`: partners may be among its rows."""
     units = []
     for part in parts:
         piece, record = part.piece, part.record
