@@ -8,11 +8,12 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import tempfile
 from pathlib import Path
 
 from vkd_cache.cache.storage import TEMPORARY
-from vkd_cache.errors import CacheError
+from vkd_cache.errors import CacheError, CorruptCacheError
 from vkd_cache.runtime import sync_directory
 
 _ATTEMPTS = 100
@@ -27,7 +28,7 @@ class LocalStorage:
 
     def put(self, path: str, data: bytes, *, exclusive: bool = False) -> None:
         """See `Storage.put`."""
-        target = self.root / path
+        target = self._place(path)
         self._make_directory(target.parent)
         for _ in range(_ATTEMPTS):
             handle, temporary = self._open_temporary()
@@ -49,9 +50,22 @@ class LocalStorage:
             return
         raise CacheError(f"{target}: could not be written: its temporary file was removed {_ATTEMPTS} times.")
 
-    def get(self, path: str) -> bytes:
+    def get(self, path: str, *, most_bytes: int | None = None) -> bytes:
         """See `Storage.get`."""
-        return (self.root / path).read_bytes()
+        place = self.root / path
+        # without waiting: a pipe in a stranger's cache may have nobody at its other end
+        with open(os.open(place, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:  # noqa: PTH123 - a handle
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CorruptCacheError(f"{place}: is no plain file, expected one. Restore it from a copy.")
+            if most_bytes is not None and status.st_size > most_bytes:
+                raise CorruptCacheError(
+                    f"{place}: found {status.st_size} bytes, at most {most_bytes} can be right. Restore it from a copy."
+                )
+            try:
+                return file.readall()
+            except MemoryError as error:
+                raise CacheError(f"{place}: {status.st_size} bytes are more than there is memory for.") from error
 
     def exists(self, path: str) -> bool:
         """See `Storage.exists`."""
@@ -78,7 +92,7 @@ class LocalStorage:
 
     def delete(self, path: str) -> None:
         """See `Storage.delete`."""
-        (self.root / path).unlink(missing_ok=True)
+        self._place(path).unlink(missing_ok=True)
 
     def prepare(self) -> list[str]:
         """See `Storage.prepare`."""
@@ -90,13 +104,18 @@ class LocalStorage:
 
     def abandoned(self) -> list[str]:
         """See `Storage.abandoned`. A living writer holds a lock on its file."""
+        self._place(f"{TEMPORARY}/any")
         return [path for path in self.paths(TEMPORARY) if self._is_abandoned(self.root / path)]
 
     def _is_abandoned(self, temporary: Path) -> bool:
         try:
-            handle = os.open(temporary, os.O_RDWR)
+            handle = os.open(temporary, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
         except FileNotFoundError:
             return False
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                return False  # a link or a device: nothing that a writer of ours has left
+            raise
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -110,7 +129,7 @@ class LocalStorage:
         return True
 
     def _open_temporary(self) -> tuple[int, Path]:
-        folder = self.root / TEMPORARY
+        folder = self._place(f"{TEMPORARY}/any").parent
         self._make_directory(folder)
         handle, name = tempfile.mkstemp(suffix=".tmp", dir=folder)
         # mkstemp is for secrets: 0600. A cache is shared with the same people as the files around it.
@@ -118,6 +137,22 @@ class LocalStorage:
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
         return handle, Path(name)
+
+    def _place(self, path: str) -> Path:
+        """Where to write or remove `path`: below the root, and through no link, which could lead anywhere.
+
+        Raises:
+            CacheError: a folder on the way is a link.
+        """
+        place = self.root
+        for name in path.split("/")[:-1]:
+            place = place / name
+            if place.is_symlink():
+                raise CacheError(
+                    f"{place}: is a link to {str(place.readlink())!r}: nothing is written or removed through links "
+                    "inside a cache. Replace it by the folder itself, or give another --cache."
+                )
+        return self.root / path
 
     def _make_directory(self, directory: Path) -> None:
         if directory.is_dir():

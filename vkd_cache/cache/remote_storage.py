@@ -19,7 +19,7 @@ class RemoteStorage:
         """See `Storage.put`. Exclusive: the same content may be there already, since an answer may have been lost."""
         self.files.put(path, data, exclusive=exclusive)
 
-    def get(self, path: str) -> bytes:
+    def get(self, path: str, *, most_bytes: int | None = None) -> bytes:
         """See `Storage.get`: one request."""
         return self.files.read(path)
 

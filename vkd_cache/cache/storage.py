@@ -27,8 +27,12 @@ class Storage(Protocol):
         """Store `data` whole or not at all; replaces, or with `exclusive` raises FileExistsError if it exists."""
         ...
 
-    def get(self, path: str) -> bytes:
-        """The bytes of `path`; FileNotFoundError if there is none."""
+    def get(self, path: str, *, most_bytes: int | None = None) -> bytes:
+        """The bytes of `path`; FileNotFoundError if there is none.
+
+        More than `most_bytes` are refused with a CorruptCacheError where that can be seen before they are read: a file
+        with holes costs nothing and claims any size. An object store has no holes.
+        """
         ...
 
     def exists(self, path: str) -> bool:
