@@ -146,6 +146,7 @@ def test_killed_while_it_starts() -> None:
     killer.start()
     error = bounded(start)
     killer.join()
+    wait_until(lambda: gone(server))
     assert "digits: a data worker process died while it was started" in str(error)
     with pool_of(answer, 2) as pool:
         assert [len(message) for message, _ in pool.results([5, 6, 7])] == [5, 6, 7]
