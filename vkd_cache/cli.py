@@ -63,6 +63,7 @@ _TEACHER_HELP = "timm model name, or package.module:callable that returns an nn.
 _VAL_HELP = "images to evaluate on: a folder, COCO's too, or tar pattern; default: val/ beside the training split"
 _VIEWS_HELP = "a count N (views 0..N-1) or a range A:B (views A..B-1); default: 1"
 _SAMPLE_HELP = "samples that --pixels and --teacher look at; 0: all; default: 64"
+_WORKER_HELP = "share I (from 0) of N; torchrun and SLURM arrays need no such option"
 _DEMOS = {"classification": "demo", "detection": "demo_detection"}  # task and its pipeline
 _DEMO_OUTPUTS = {"classification": "vkd-cache-demo", "detection": "vkd-cache-demo-detection"}
 pipeline_argument = click.argument("pipeline", required=False)
@@ -102,7 +103,7 @@ def cli() -> None:
 @setting("--batch-size", "extract.batch_size", metavar="N")
 @setting("--workers", "extract.workers", metavar="N")
 @setting("--device", "extract.device", metavar="NAME")
-@click.option("--worker", metavar="I/N", help="share I (from 0) of N; torchrun and SLURM arrays need no such option")
+@click.option("--worker", metavar="I/N", help=_WORKER_HELP)
 @setting("--seed", "views.seed", metavar="N")
 @setting("--strict", "extract.strict")
 @dry_run_option
@@ -233,6 +234,51 @@ def verify(cache_or_pipeline: str, pixels: bool, teacher: bool, sample: int, as_
     report = run(config, request)
     _present("Verification", report.to_json(), as_json)
     return report.exit_code
+
+
+@cli.command(short_help="another backend, dtype or shard size of a cache, without the teacher")
+@click.argument("cache_or_pipeline", metavar="CACHE|PIPELINE")
+@click.argument("target", metavar="TARGET")
+@setting("--backend", "cache.backend", help_text="container of a unit; default: as it is")
+@setting("--dtype", "cache.dtype", help_text="stored type of node values; default: as they are")
+@setting("--block-samples", "cache.block_samples", metavar="N")
+@setting("--shard-size", "source.shard_size", metavar="N", help_text="samples per shard; needs --source")
+@setting("--source", "source.train", metavar="PATH", help_text="data set of the cache, for --shard-size")
+@setting("--views", "views.count", metavar="N|A:B", help_text="a count N or a range A:B of views; default: all")
+@click.option("--worker", metavar="I/N", help=_WORKER_HELP)
+@click.option("--force", is_flag=True, help="also store values in a type that promises more than is left of them")
+@dry_run_option
+@json_option
+def convert(
+    cache_or_pipeline: str, target: str, worker: str | None, force: bool, dry_run: bool, as_json: bool, **settings: Any
+) -> int:
+    """Make the cache TARGET from another one: its backend, dtype or shard size changed, by no teacher.
+
+    CACHE and TARGET are directories or URLs; a pipeline stands for its [cache] url. What is not asked for stays as it
+    is. The same command again finishes what is missing.
+    """
+    is_cache = _is_cache(cache_or_pipeline)
+    url = {"cache__url": cache_or_pipeline} if is_cache else {}
+    config = _resolve(None if is_cache else cache_or_pipeline, settings | url, "cache.url")
+    given = {name.partition("__")[2]: value for name, value in settings.items() if value is not None}
+    split = job_split(worker)
+    console.set_quiet(split.local_index > 0 or (dry_run and as_json))
+    from vkd_cache.stages.convert import ConvertRequest
+    from vkd_cache.stages.convert import convert as run
+    from vkd_cache.stages.convert_plan import Wish
+
+    request = ConvertRequest(
+        source=config.cache.url,
+        target=target,
+        wish=Wish(force=force, **{name: given.get(name) for name in ("backend", "dtype", "block_samples")}),
+        shard_size=given.get("shard_size"),
+        images=config.source.train,
+        views=given.get("count", ""),
+    )
+    summary = run(request, split, dry_run=dry_run)
+    if as_json:
+        click.echo(json.dumps(summary.to_json(), indent=2))
+    return summary.exit_code
 
 
 @cli.command(short_help="measure the gap between cache and live teacher")
