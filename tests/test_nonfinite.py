@@ -29,6 +29,7 @@ from vkd_cache.cache.check import check_unit
 from vkd_cache.cache.codecs import decode_node, encode_node
 from vkd_cache.cache.reader import open_cache
 from vkd_cache.cache.units import UnitId, pack_unit, record_path, unit_path, unpack_unit
+from vkd_cache.cli import cli
 from vkd_cache.config import Config
 from vkd_cache.errors import CorruptCacheError, TeacherError, VkdCacheError
 from vkd_cache.guard import guarded
@@ -215,8 +216,8 @@ def test_what_passes_is_stored_and_comes_back_finite(codec: str, shape: tuple[in
 # --- losses -------------------------------------------------------------------------------------------------------
 
 
-def poison(cache_url: Path, unit: UnitId, row: int, node: str = "pooled", value: float = INF) -> Callable[[], None]:
-    """Publish a unit with one number that is not finite, sealed as any other; what it returns undoes it."""
+def poison(cache_url: Path, unit: UnitId, row: int, node: str = "pooled", value: float = INF) -> None:
+    """Publish a unit with one number that is not finite, sealed as any other."""
     cache = open_cache(str(cache_url))
     record = cache.record(*unit)
     arrays = unpack_unit(cache.read_file(record), cache.manifest)
@@ -229,12 +230,6 @@ def poison(cache_url: Path, unit: UnitId, row: int, node: str = "pooled", value:
     (cache_url / path).write_bytes(data)
     bad = dataclasses.replace(record, files=((path, len(data), digest),))
     (cache_url / record_path(unit)).write_bytes(bad.to_bytes())
-
-    def mend() -> None:
-        (cache_url / record_path(unit)).write_bytes(record.to_bytes())
-        (cache_url / path).unlink()
-
-    return mend
 
 
 @pytest.fixture
@@ -430,31 +425,32 @@ def test_fp16_a_skipped_step_is_no_bad_loss_but_nothing_but_skipped_steps_is(
 def test_a_poisoned_feature_is_named_and_the_run_goes_on_once_it_is_mended(
     tiny_config: Build, cache: Path, tmp_path: Path
 ) -> None:
-    unit, row = UnitId(2, 0), 7
-
     def config(output: str, **train: Any) -> Config:
         settings = {"checkpoint_every": 1, "ema_decay": 0.5, "epochs": 1, "log_every": 10, "batch_size": 32}
         settings |= {"output": str(tmp_path / output)}
         return tiny_config(cache={"url": str(cache)}, train=settings | train)
 
     run(config("whole"))
-    mend = poison(cache, unit, row)
+    fourth = places(config("unused"))[3]
+    unit, row = UnitId(int(fourth.shard[5]), 0), int(fourth.row[5])
+    poison(cache, unit, row)
     (finding,) = check_unit(open_cache(str(cache)), unit)
     assert finding.is_error and finding.message == "node 'pooled' holds inf or nan."
     said, report = failed(config("run"))
-    bad = config("run")
-    (key,) = (open_source(bad.source.train, shard_size=SHARD_SIZE).shards[2].keys[row],)
-    found = {"shard": 2, "row": 7, "view": 0, "node": "pooled", "key": key}
-    assert report["unusable_features"] == [found]
-    assert f"The features stored for key '{key}' (shard 2, view 0, node 'pooled') are not finite" in said
-    assert "run vkd-cache verify" in said and "the last checkpoint is intact" in said
+    key = keys_of(config("unused"), fourth)[5]
+    found = {"shard": unit.shard, "row": row, "view": 0, "node": "pooled", "key": key}
+    assert report["unusable_features"] == [found] and report["step"] == 4
+    assert f"The features stored for key '{key}' (shard {unit.shard}, view 0, node 'pooled') are not finite" in said
+    assert "run vkd-cache verify --repair" in said and "the last checkpoint is intact" in said
     assert key in report["at"]["batches"][0]["keys"]
     assert report["at"]["losses"]["feature"] == "nan" and math.isfinite(report["at"]["losses"]["task"])
-    assert read_checkpoint(tmp_path / "run" / "last.pt")["standing"]["step"] == report["step"] - 1
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["standing"]["step"] == 3
     assert_no_bad_checkpoint(tmp_path / "run")
     again, _ = failed(config("run", resume="auto"))  # no way around it
     assert again == said
-    mend()
+    assert cli.main(["verify", str(cache), "--repair"], standalone_mode=False) == 3
+    summary = extract(tiny_config(cache={"url": str(cache)}, views={"count": "2"}), JobSplit())
+    assert (summary.exit_code, summary.units_published) == (0, 1)
     run(config("run", resume="auto"))
     assert not list((tmp_path / "run").glob("nonfinite*"))
     assert_same_run(tmp_path / "whole", tmp_path / "run")

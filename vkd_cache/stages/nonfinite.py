@@ -260,8 +260,8 @@ def _sentences(incident: Incident, run: Run, poisoned: Sequence[str], there: str
         shown, more = poisoned[0], f" and {len(poisoned) - 1} more" if len(poisoned) > 1 else ""
         return [
             *said,
-            f"The features stored for {shown}{more} are not finite: run vkd-cache verify, which names such units, "
-            "extract them again, and run this command again.",
+            f"The features stored for {shown}{more} are not finite: run vkd-cache verify --repair, which drops "
+            "such units, then the same extract, then this command with --resume auto.",
         ]
     return [*said, *_hints(incident, run), _cure(run)]
 
