@@ -52,7 +52,7 @@ def test_each_operation_is_one_request(files: RemoteFiles, proxy: FaultProxy, tm
         (lambda: files.read("a/b", 10, 20) == data[10:20], ["GET"]),
         (lambda: files.read("a/b", 10) == data[10:], ["GET"]),
         (lambda: files.read("a/b", 1000) == b"", ["GET"]),
-        (lambda: files.read("a/b", 990, 2000) == data[990:], ["GET", "HEAD"]),
+        (lambda: files.read("a/b", 990, 2000) == data[990:], ["GET"]),
         (lambda: files.read("a/b", 20, 20) == b"", []),
         (lambda: files.info("a/b").num_bytes == 1000, ["HEAD"]),
         (lambda: files.info("a/b").version == files.info("a/c").version, ["HEAD", "HEAD"]),

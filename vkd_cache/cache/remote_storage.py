@@ -1,5 +1,6 @@
 """A cache behind a URL that fsspec knows, such as `s3://bucket/cache`: a put is atomic by itself."""
 
+from vkd_cache.errors import CorruptCacheError
 from vkd_cache.remote import RemoteFiles, open_remote
 
 
@@ -21,7 +22,14 @@ class RemoteStorage:
 
     def get(self, path: str, *, most_bytes: int | None = None) -> bytes:
         """See `Storage.get`: one request."""
-        return self.files.read(path)
+        if most_bytes is None:
+            return self.files.read(path)
+        data = self.files.read(path, 0, most_bytes + 1)
+        if len(data) > most_bytes:
+            raise CorruptCacheError(
+                f"{self.url}/{path}: found more than {most_bytes} bytes, the most it may have. Restore it from a copy."
+            )
+        return data
 
     def exists(self, path: str) -> bool:
         """See `Storage.exists`."""

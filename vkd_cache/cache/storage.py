@@ -24,14 +24,17 @@ class Storage(Protocol):
     url: str
 
     def put(self, path: str, data: bytes, *, exclusive: bool = False) -> None:
-        """Store `data` whole or not at all; replaces, or with `exclusive` raises FileExistsError if it exists."""
+        """Store `data` whole or not at all; replaces, or with `exclusive` raises FileExistsError if it exists.
+
+        Over a network, where an answer may be lost, an exclusive put finds the same content to be its own.
+        """
         ...
 
     def get(self, path: str, *, most_bytes: int | None = None) -> bytes:
         """The bytes of `path`; FileNotFoundError if there is none.
 
-        More than `most_bytes` are refused with a CorruptCacheError where that can be seen before they are read: a file
-        with holes costs nothing and claims any size. An object store has no holes.
+        More than `most_bytes` are refused with a CorruptCacheError before they take memory: a file with holes costs
+        nothing and claims any size.
         """
         ...
 

@@ -1,0 +1,268 @@
+"""A cache on S3, against a real protocol server: the same objects and the same numbers as in a folder."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from conftest import SHARD_SIZE, SIDE_PX
+from extract_jobs import contents
+from fault_proxy import FAULTS, FaultProxy
+from remote_jobs import remote_contents, start_extract
+from s3_server import NOBODY, SECRET, S3Server, environment, free_port
+from train_runs import log, pipeline, run_cli, same_value
+
+from vkd_cache import remote
+from vkd_cache.cache.reader import open_cache
+from vkd_cache.config import Config
+from vkd_cache.errors import StorageError
+from vkd_cache.remote import Patience
+from vkd_cache.runtime import JobSplit
+from vkd_cache.stages.checkpoints import read_checkpoint
+from vkd_cache.stages.extract import extract
+from vkd_cache.stages.train import train
+from vkd_cache.stages.verify import VerifyRequest, verify
+
+MakeConfig = Callable[..., Config]
+PATIENCE_S = 240.0  # of a busy machine; an idle one needs seconds
+NUM_UNITS = 10  # five shards, two views
+QUICK = Patience(first_attempts=12, attempts=12, wait_s=0.01, longest_wait_s=0.1)
+A_FEW_OF_EACH = dict.fromkeys(FAULTS, 0.03) | {"silence": 0.01}
+BUCKETS = (f"caches-{number}" for number in itertools.count())
+
+
+@pytest.fixture
+def url(s3_environment: S3Server) -> str:
+    return s3_environment.make_bucket(next(BUCKETS)) + "/some/cache"
+
+
+@pytest.fixture
+def proxy(s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Between the store and every process of the test; a user's own time-out of a second, so that silence is short."""
+    monkeypatch.setenv("FSSPEC_S3", json.dumps({"config_kwargs": {"read_timeout": 1}}))
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 1}})
+    monkeypatch.setattr(remote, "PATIENCE", QUICK)
+    with FaultProxy(s3_environment.port, seed=1) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy
+
+
+def copied(server: S3Server, folder: Path, url: str) -> None:
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    server.upload(folder, bucket, prefix)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_workers_at_once_behind_a_lossy_network_make_the_cache_that_a_folder_holds(
+    tiny_config: MakeConfig, small_cache: Path, s3_environment: S3Server, proxy: FaultProxy, url: str, tmp_path: Path
+) -> None:
+    proxy.rates = A_FEW_OF_EACH
+    config = tiny_config(cache={"url": url}, views={"count": "2"})
+    processes = [start_extract(config, JobSplit(index=n, count=3), tmp_path / "said") for n in range(3)]
+    for process in processes:
+        process.join(PATIENCE_S)
+    assert [process.exitcode for process in processes] == [0] * 3, (tmp_path / "said").read_text()
+    assert remote_contents(s3_environment, url) == contents(small_cache)
+    assert len(proxy.injected) > 2
+
+
+def test_killed_and_resumed_it_is_the_same_cache(
+    tiny_config: MakeConfig, small_cache: Path, s3_environment: S3Server, proxy: FaultProxy, url: str, tmp_path: Path
+) -> None:
+    config = tiny_config(cache={"url": url}, views={"count": "2"})
+    records: list[tuple[str, str]] = []
+    for reached in (1, 4):
+        process = start_extract(config, JobSplit(), tmp_path / "said")
+        wait_until(lambda least=reached: len(put(proxy, "records")) >= least)  # type: ignore[misc]
+        process.kill()
+        process.join()
+        records = put(proxy, "records")
+        for unit in open_cache(url).units:
+            open_cache(url).read(unit)  # whatever is published is whole
+    proxy.forget()
+    summary = extract(config, JobSplit())
+    assert summary.units_skipped + summary.units_published == NUM_UNITS
+    assert 4 <= len(set(records)) <= summary.units_skipped + 1  # the last one's answer may have been lost with us
+    assert len(put(proxy, "records")) == len(put(proxy, "units")) == summary.units_published
+    assert remote_contents(s3_environment, url) == contents(small_cache)
+    assert extract(config, JobSplit()).units_skipped == NUM_UNITS
+
+
+def put(proxy: FaultProxy, folder: str) -> list[tuple[str, str]]:
+    return [(kind, path) for kind, path in list(proxy.asked) if kind == "PUT" and f"/{folder}/" in path]
+
+
+def test_requests_grow_with_units_and_nothing_is_listed_on_the_way(
+    tiny_config: MakeConfig, small_cache: Path, s3_environment: S3Server, proxy: FaultProxy, url: str, tmp_path: Path
+) -> None:
+    config = tiny_config(
+        cache={"url": url}, views={"count": "2"}, train={"output": str(tmp_path / "out"), "epochs": 2, "workers": 0}
+    )
+    extract(config, JobSplit())
+    assert remote_contents(s3_environment, url) == contents(small_cache)
+    assert proxy.counts["PUT"] == 2 * NUM_UNITS + 4  # a unit and its record; manifest, head, and the run's log twice
+    assert proxy.counts["LIST"] <= 8
+    assert "LIST" not in kinds_after(proxy, "PUT", "/units/")
+    assert proxy.counts["GET"] + proxy.counts["HEAD"] <= 3 * NUM_UNITS + 8
+    proxy.forget()
+    train(config, JobSplit())
+    assert proxy.counts["PUT"] == proxy.counts["DELETE"] == 0
+    assert proxy.counts["LIST"] <= 2
+    assert "LIST" not in kinds_after(proxy, "GET", "/units/")
+    assert proxy.counts["GET"] + proxy.counts["HEAD"] <= 4 * NUM_UNITS + 10  # a view an epoch, so each unit once
+    proxy.forget()
+    report = verify(config, VerifyRequest(url=url, source=config.source.train, pixels=True, sample=8))
+    assert report.exit_code == 0
+    assert proxy.counts["LIST"] <= 6
+
+
+def kinds_after(proxy: FaultProxy, kind: str, part: str) -> list[str]:
+    """Kinds of requests from the first one of `kind` for a path with `part`."""
+    return [seen for seen, _ in itertools.dropwhile(lambda one: one[0] != kind or part not in one[1], proxy.asked)]
+
+
+def test_training_behind_a_lossy_network_is_training_from_a_folder(
+    digits_tree: Path,
+    tiny_config: MakeConfig,
+    small_cache: Path,
+    s3_environment: S3Server,
+    proxy: FaultProxy,
+    url: str,
+    tmp_path: Path,
+) -> None:
+    """The command with two data workers against the stage in this process: the same weights and losses, bit for bit."""
+    copied(s3_environment, small_cache, url)
+    proxy.rates = A_FEW_OF_EACH
+    config = tiny_config(
+        cache={"url": str(small_cache)}, views={"count": "2"}, train={"output": str(tmp_path / "folder")}
+    )
+    sections: dict[str, dict[str, Any]] = {
+        "source": {"train": str(digits_tree), "shard_size": SHARD_SIZE, "local_dir": str(tmp_path / "copies")},
+        "views": {"size_px": SIDE_PX, "seed": 5, "count": "2"},
+        "cache": {"url": url},
+        "student": {"name": "test_vit"},
+        "train": {"epochs": 2, "batch_size": 16, "lr": 1e-3, "workers": 2, "device": "cpu", "open_shards": 2}
+        | {"log_every": 1, "digest_check": 1.0, "output": str(tmp_path / "s3")},
+        "eval": {"batch_size": 30, "workers": 0, "device": "cpu"},
+    }
+    done = run_cli(["train", pipeline(tmp_path, **sections)])
+    assert done.returncode == 0, done.stderr
+    assert proxy.injected
+    train(config, JobSplit())
+    one, other = (read_checkpoint(tmp_path / place / "last.pt") for place in ("s3", "folder"))
+    assert one["config"]["cache"]["url"] == url
+    for name in ("student", "optimizer", "standing"):
+        assert same_value(one[name], other[name]), name
+    assert log(tmp_path / "s3") == log(tmp_path / "folder")
+    leaks = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert not leaks
+    assert SECRET not in done.stdout + done.stderr
+
+
+def test_verify_finds_what_changed_and_extract_redoes_it(
+    tiny_config: MakeConfig, small_cache: Path, s3_environment: S3Server, proxy: FaultProxy, url: str
+) -> None:
+    copied(s3_environment, small_cache, url)
+    proxy.rates = A_FEW_OF_EACH
+    config = tiny_config(cache={"url": url}, views={"count": "2"})
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    unit, record = open_cache(url).record(1, 0).files[0][0], "records/view-0000/shard-000001.json"
+    damaged = bytearray(contents(small_cache)[unit])
+    damaged[len(damaged) // 2] ^= 1
+    s3_environment.client.put_object(Bucket=bucket, Key=f"{prefix}/{unit}", Body=bytes(damaged))
+    report = verify(config, VerifyRequest(url=url))
+    assert report.exit_code == 3
+    assert f"{url}/{unit}" in json.dumps(report.to_json())
+    s3_environment.client.delete_object(Bucket=bucket, Key=f"{prefix}/{record}")
+    assert extract(config, JobSplit()).units_published == 1
+    assert remote_contents(s3_environment, url) == contents(small_cache)
+
+
+def test_an_outage_is_one_clear_error_and_the_same_command_goes_on(
+    tiny_config: MakeConfig,
+    small_cache: Path,
+    s3_environment: S3Server,
+    proxy: FaultProxy,
+    url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = tiny_config(cache={"url": url}, views={"count": "2"})
+    monkeypatch.setattr(remote, "PATIENCE", Patience(first_attempts=3, attempts=3, wait_s=0.01))
+    proxy.puts_until_outage = 10
+    with pytest.raises(
+        StorageError,
+        match=rf"^{url}/\S+: (injected SlowDown|Service Unavailable), 3 times\. .* the same command goes on",
+    ):
+        extract(config, JobSplit())
+    proxy.puts_until_outage = float("inf")
+    assert 0 < extract(config, JobSplit()).units_skipped < NUM_UNITS
+    assert remote_contents(s3_environment, url) == contents(small_cache)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def said_of_a_dead_endpoint() -> Iterator[Callable[[], tuple[int, str]]]:
+    """Code and text of a command whose endpoint refuses connections; started early, since it tries for a while."""
+    job = start_cli(environment(f"http://127.0.0.1:{free_port()}"), "verify", "s3://bucket/cache")
+    yield lambda: ended(job)
+    job.kill()
+    job.communicate()
+
+
+def start_cli(settings: dict[str, str], *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "vkd_cache", *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | settings
+    )
+
+
+def ended(job: "subprocess.Popen[str]") -> tuple[int, str]:
+    said, _ = job.communicate(timeout=PATIENCE_S)
+    return job.returncode, said
+
+
+def test_what_is_wrong_with_a_store_is_one_line_without_secrets(
+    said_of_a_dead_endpoint: Callable[[], tuple[int, str]],
+    tiny_config: MakeConfig,
+    s3_environment: S3Server,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bucketless = start_extract(
+        tiny_config(cache={"url": "s3://no-such-bucket-there/x"}), JobSplit(), tmp_path / "first"
+    )
+    bucketless.join(PATIENCE_S)
+    in_url = start_cli({}, "extract", "--cache", f"s3://AKIA:{SECRET}@bucket/x", "--source", "x", "--teacher", "y")
+    with s3_environment.require_credentials(url.removeprefix("s3://").partition("/")[0]) as reader:
+        wrong_keys = start_cli(NOBODY, "verify", url)
+        for name, value in reader.items():
+            monkeypatch.setenv(name, value)
+        read_only = start_extract(tiny_config(cache={"url": url}), JobSplit(), tmp_path / "said")
+        read_only.join(PATIENCE_S)
+        refused = ended(wrong_keys)
+    found = {
+        "there is no such bucket": (1, int(bucketless.exitcode or 0), (tmp_path / "first").read_text()),
+        "carries a user and a password": (2, *ended(in_url)),
+        "the store refuses": (1, *refused),
+        "Access Denied": (1, int(read_only.exitcode or 0), (tmp_path / "said").read_text()),
+        "Could not connect to the endpoint": (1, *said_of_a_dead_endpoint()),
+    }
+    for message, (expected, code, said) in found.items():
+        *_, last = said.splitlines()
+        assert (code, last[:7]) == (expected, "Error: "), said
+        assert message in last
+        assert "Traceback" not in said
+        assert not [secret for secret in (SECRET, *NOBODY.values(), *reader.values()) if secret in said]
