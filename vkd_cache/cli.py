@@ -211,26 +211,29 @@ def evaluate(pipeline: str | None, checkpoint: str, ema: bool, as_json: bool, **
 @click.option("--teacher", is_flag=True, help="run the teacher again and compare its features; needs the source")
 @setting("--teacher-weights", "teacher.weights", metavar="FILE")
 @click.option("--sample", default=64, metavar="N", type=click.IntRange(min=0), help=_SAMPLE_HELP)
+@click.option("--repair", is_flag=True, help="drop what is damaged, for the same extract to make it again")
 @setting("--workers", "extract.workers", metavar="N")
 @setting("--device", "extract.device", metavar="NAME")
 @json_option
-def verify(cache_or_pipeline: str, pixels: bool, teacher: bool, sample: int, as_json: bool, **settings: object) -> int:
+def verify(cache_or_pipeline: str, as_json: bool, **settings: Any) -> int:
     """Check a cache: structure and checksums, and on request its pixels and features.
 
-    CACHE is a directory or URL; a pipeline stands for its [cache] url.
+    CACHE is a directory or URL; a pipeline stands for its [cache] url. Ends with 0 where the cache is sound, 3 where it
+    was not, also where --repair has dropped what was damaged.
     """
+    asked = {name: settings.pop(name) for name in ("pixels", "teacher", "sample", "repair")}
     if _is_cache(cache_or_pipeline):
         config = _resolve(None, settings | {"cache__url": cache_or_pipeline})
+        again = ""
     else:
         config = _resolve(cache_or_pipeline, settings, "cache.url")
-    if pixels or teacher:
+        again = f"vkd-cache extract {cache_or_pipeline}"
+    if asked["pixels"] or asked["teacher"]:
         _require(config, "source.train")
     from vkd_cache.stages.verify import VerifyRequest
     from vkd_cache.stages.verify import verify as run
 
-    request = VerifyRequest(
-        url=config.cache.url, source=config.source.train, pixels=pixels, teacher=teacher, sample=sample
-    )
+    request = VerifyRequest(url=config.cache.url, source=config.source.train, again=again, **asked)
     report = run(config, request)
     _present("Verification", report.to_json(), as_json)
     return report.exit_code

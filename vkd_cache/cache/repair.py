@@ -50,11 +50,11 @@ def drop_unit(cache: Cache, unit: UnitId, faults: frozenset[Fault]) -> Dropped |
     record = record_path(unit)
     first: Finding | None = None
     for _ in range(_ROUNDS):
+        files = files_of_unit(unit, cache.storage.paths(f"units/view-{unit.view:04d}"))
         found = next((finding for finding in check_unit(cache, unit) if finding.fault in faults), None)
         if found is None:
             return None if first is None or cache.storage.exists(record) else _dropped(record, first)
         first = first or found
-        files = files_of_unit(unit, cache.storage.paths(f"units/view-{unit.view:04d}"))
         cache.storage.delete(record)
         for path in files:
             if not cache.storage.exists(record):  # else somebody has published it again, in this very file perhaps

@@ -4,21 +4,29 @@
     pixels    views rendered and planned again             `--pixels`: a sample of views; needs the source
     teacher   the teacher's values on replayed views       `--teacher`: a sample of views; needs source and teacher
 
+With `--repair`, what the level `files` finds damaged is dropped, so that the same extraction makes it again.
+
 A newcomer's trap: a unit that is not published is no error, for a cache may grow; it is noted.
 """
 
+import contextlib
 import dataclasses
 import time
 from typing import Any
 
 from vkd_cache import console
-from vkd_cache.cache.check import check_layout, check_unit
+from vkd_cache.cache.check import Fault, check_layout, check_unit
 from vkd_cache.cache.reader import MANIFEST_PATH, Cache, open_cache
+from vkd_cache.cache.repair import Dropped
+from vkd_cache.cache.schema import UnitRecord
+from vkd_cache.cache.storage import open_storage
 from vkd_cache.cache.units import UnitId
 from vkd_cache.config import Config
-from vkd_cache.errors import ConfigError
+from vkd_cache.errors import CacheError, CacheFormatError, CacheVersionError, ConfigError, CorruptCacheError
 from vkd_cache.sources import Source, open_source, source_identity
+from vkd_cache.stages.copying import copies_of
 from vkd_cache.stages.verify_pixels import PixelCheck
+from vkd_cache.stages.verify_repair import Repair, repair_cache
 from vkd_cache.stages.verify_sample import Level, choose_rows
 from vkd_cache.stages.verify_teacher import check_teacher
 
@@ -33,6 +41,8 @@ class VerifyRequest:
         pixels: render views again.
         teacher: run the teacher again.
         sample: views that `pixels` and `teacher` look at, drawn from all units; 0: all.
+        repair: drop what is damaged.
+        again: the command that makes what was dropped, where it is known.
     """
 
     url: str
@@ -40,6 +50,8 @@ class VerifyRequest:
     pixels: bool = False
     teacher: bool = False
     sample: int = 64
+    repair: bool = False
+    again: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +67,8 @@ class VerifyReport:
         bytes: of the units' files.
         levels: those that ran.
         seconds: wall-clock time.
+        repaired: what was dropped.
+        next_step: what to do about it.
     """
 
     url: str
@@ -65,6 +79,8 @@ class VerifyReport:
     bytes: int
     levels: tuple[Level, ...]
     seconds: float
+    repaired: tuple[Dropped, ...] = ()
+    next_step: str = ""
 
     @property
     def errors(self) -> int:
@@ -73,7 +89,7 @@ class VerifyReport:
 
     @property
     def exit_code(self) -> int:
-        """0 if the cache is what it says, 3 if not."""
+        """0 if the cache is what it says, 3 if it was not, also where what was wrong has been dropped."""
         return 3 if self.errors else 0
 
     def to_json(self) -> dict[str, Any]:
@@ -97,6 +113,8 @@ class VerifyReport:
                 for level in self.levels
                 for finding in level.findings
             ],
+            "repaired": [entry.to_json() for entry in self.repaired],
+            "next": self.next_step,
             "seconds": round(self.seconds, 3),
         }
 
@@ -108,18 +126,22 @@ def verify(config: Config, request: VerifyRequest) -> VerifyReport:
         ConfigError: pixels or teacher without a source.
         CacheFormatError, CorruptCacheError: there is no cache, or its manifest is damaged: nothing can be checked.
         SourceError, TeacherError: the source or the teacher cannot be had.
+        OSError: something is to be dropped, and the cache cannot be written to.
     """
     started = time.monotonic()
     if (request.pixels or request.teacher) and not request.source:
         raise ConfigError("[source] train is empty, and --pixels and --teacher need the images: give --source.")
-    cache = open_cache(request.url)
-    source = _open_source(cache, request.source) if request.source else None
+    cache = _open(request)
+    source = _open_source(cache, request.source, config) if request.source else None
     files = Level(name="files")
     same_source = _check_layout(cache, source, files)
-    sound, totals = _check_units(cache, files)
+    units = _check_units(cache, files)
+    repair = Repair()
+    if request.repair:
+        repair = repair_cache(cache, units.bad, num_own=units.num_own, converted=units.converted)
     levels = [files]
     if source is not None and same_source:
-        chosen = choose_rows(sound, request.sample, seed=int(cache.fingerprint[:15], 16))
+        chosen = choose_rows(units.sound, request.sample, seed=int(cache.fingerprint[:15], 16))
         if request.pixels:
             levels.append(Level(name="pixels"))
             PixelCheck(cache, source, levels[-1]).run(chosen, config.extract.workers)
@@ -129,46 +151,109 @@ def verify(config: Config, request: VerifyRequest) -> VerifyReport:
     return VerifyReport(
         url=cache.url,
         fingerprint=cache.fingerprint,
+        units=units.checked,
+        samples=units.samples,
+        broken=units.broken,
+        bytes=units.bytes,
         levels=tuple(levels),
         seconds=time.monotonic() - started,
-        **totals,
+        repaired=repair.dropped,
+        next_step=_next_step(request, repair, levels, same_source=source is None or same_source),
     )
 
 
-def _open_source(cache: Cache, spec: str) -> Source:
+def _open(request: VerifyRequest) -> Cache:
+    """The cache; where it is to be repaired and has a manifest that cannot be, with what to do instead."""
+    try:
+        return open_cache(request.url)
+    except CacheVersionError:
+        raise
+    except (CacheFormatError, CorruptCacheError) as error:
+        if not request.repair or not open_storage(request.url).exists(MANIFEST_PATH):
+            raise
+        raise type(error)(
+            f"{error} --repair cannot mend a manifest, and drops nothing without one: restore it from a copy. Without "
+            "a copy, move it away and run the same `vkd-cache extract` again: with the same settings, data and "
+            "library versions it writes the same manifest and keeps every unit."
+        ) from error
+
+
+def _next_step(request: VerifyRequest, repair: Repair, levels: list[Level], *, same_source: bool) -> str:
+    if not request.repair:
+        return ""
+    sentences = [repair.advice(request.url, request.again)]
+    if not same_source or any(level.errors for level in levels[1:]):
+        sentences.append(
+            "What differs from the source, and errors of pixels and teacher, are not repaired: they mean another "
+            "source, decoder or teacher than the cache was made with, and units made with these would be other ones."
+        )
+    return " ".join(filter(None, sentences)) or "Nothing to repair."
+
+
+def _open_source(cache: Cache, spec: str, config: Config) -> Source:
     # a folder has to be cut as it was; the last shard may be smaller, the largest tells
     shard_size = max(cache.manifest.dataset["shard_counts"], default=0)
-    return open_source(spec, split="train", shard_size=max(shard_size, 1))
+    return open_source(spec, split="train", shard_size=max(shard_size, 1), copies=copies_of(config.source))
 
 
 def _check_layout(cache: Cache, source: Source | None, level: Level) -> bool:
     """Everything outside the units; whether the source is the cache's."""
-    identity = source_identity(source).to_json() if source is not None else None
+    identity = source_identity(source).to_json() if source is not None else {}
     for finding in check_layout(cache, identity):
         level.add(finding)
-    return identity == cache.manifest.dataset
+    return all(cache.manifest.dataset.get(name) == value for name, value in identity.items())
 
 
-def _check_units(cache: Cache, level: Level) -> tuple[dict[UnitId, int], dict[str, int]]:
-    """Rows of the source shard of every sound unit, and totals over all units."""
-    sound: dict[UnitId, int] = {}
-    units = cache.units
-    totals = {"units": len(units), "samples": 0, "broken": 0, "bytes": 0}
+@dataclasses.dataclass(kw_only=True)
+class _Units:
+    """What the level `files` learns of the units.
+
+    Attributes:
+        sound: rows of the source shard of every sound unit.
+        bad: the faults of the others.
+        checked: all of them.
+        samples, broken, bytes: totals over the sound ones.
+        num_own: units whose record can be read and names the manifest's fingerprint.
+        converted: some were converted from another cache.
+    """
+
+    sound: dict[UnitId, int] = dataclasses.field(default_factory=dict)
+    bad: dict[UnitId, frozenset[Fault]] = dataclasses.field(default_factory=dict)
+    checked: int = 0
+    samples: int = 0
+    broken: int = 0
+    bytes: int = 0
+    num_own: int = 0
+    converted: bool = False
+
+
+def _check_units(cache: Cache, level: Level) -> _Units:
+    units, found = cache.units, _Units()
     with console.track("verify files", len(units), "units") as progress:
         for unit in units:
-            before = level.errors
-            for finding in check_unit(cache, unit):
+            findings = list(check_unit(cache, unit))
+            for finding in findings:
                 level.add(finding)
             level.checked += 1
             progress.advance()
-            if level.errors > before:
-                continue
-            record = cache.record(*unit)
-            sound[unit] = record.num_samples + len(record.broken)
-            totals["samples"] += record.num_samples
-            totals["broken"] += len(record.broken)
-            totals["bytes"] += record.num_bytes
+            faults = frozenset(finding.fault for finding in findings if finding.is_error)
+            if faults:
+                found.bad[unit] = faults
+            with contextlib.suppress(CacheError, OSError):  # told already
+                record = cache.record(*unit)
+                found.num_own += 1
+                if not faults:
+                    _count(found, unit, record)
+    found.checked = len(units)
     for view, shards in cache.published().items():
         if len(shards) < cache.manifest.num_shards:
             level.note(MANIFEST_PATH, f"view {view}: {len(shards)} of {cache.manifest.num_shards} units are published.")
-    return sound, totals
+    return found
+
+
+def _count(found: _Units, unit: UnitId, record: UnitRecord) -> None:
+    found.sound[unit] = record.num_samples + len(record.broken)
+    found.samples += record.num_samples
+    found.broken += len(record.broken)
+    found.bytes += record.num_bytes
+    found.converted |= record.origin is not None
