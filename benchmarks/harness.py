@@ -52,6 +52,7 @@ class Report:
         measurements: unit and one value per repetition, by name.
         ratios: numerator over denominator, repetition by repetition, by name.
         facts: what was counted or found out once, by name.
+        curves: what a figure is drawn from, by name; in the document, in no table.
     """
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
@@ -60,6 +61,7 @@ class Report:
         self.measurements: dict[str, dict[str, Any]] = {}
         self.ratios: dict[str, dict[str, Any]] = {}
         self.facts: dict[str, Any] = {}
+        self.curves: dict[str, dict[str, list[float]]] = {}
 
     def measure(self, unit: str, series: Mapping[str, Sequence[float]]) -> None:
         """Keep every repetition of each of `series`."""
@@ -105,7 +107,7 @@ class Report:
             "measurements": self.measurements,
             "ratios": self.ratios,
             "facts": self.facts,
-        }
+        } | ({"curves": self.curves} if self.curves else {})
 
     def finish(self, output: str) -> None:
         """Show the tables, and write the JSON document where `output` names a file."""
