@@ -157,7 +157,7 @@ OPTIONS = {
     "--live-teacher --no-live-teacher --teacher --teacher-weights --plain --workers --device --dry-run",
     "eval": "--source --checkpoint --student --ema --teacher --teacher-weights --cache --batch-size --workers "
     "--device --output --json",
-    "verify": "--source --pixels --teacher --teacher-weights --sample --repair --workers --device --json",
+    "verify": "--source --pixels --teacher --teacher-name --teacher-weights --sample --repair --workers --device --json",
     "convert": "--backend --dtype --block-samples --shard-size --source --views --worker --force --dry-run --json",
     "compare": "--source --cache --student --teacher --teacher-weights --steps --batch-size --device --output --json",
     "demo": "--task --output --short --json",
@@ -168,6 +168,7 @@ NAMES = {
     ("--source", "source", "val"),  # eval
     ("--cache", "cache", "url"),
     ("--teacher", "teacher", "name"),
+    ("--teacher-name", "teacher", "name"),  # verify, where --teacher says that it is to be run
     ("--teacher-weights", "teacher", "weights"),
     ("--student", "student", "name"),
     ("--views", "views", "count"),

@@ -60,6 +60,7 @@ def _listed(_context: click.Context, _option: click.Parameter, value: str | None
 
 
 _TEACHER_HELP = "timm model name, or package.module:callable that returns an nn.Module"
+_CODE_HELP = "the teacher, where it is a package.module:callable: code is run only if you name it, not a cache"
 _VAL_HELP = "images to evaluate on: a folder, COCO's too, or tar pattern; default: val/ beside the training split"
 _VIEWS_HELP = "a count N (views 0..N-1) or a range A:B (views A..B-1); default: 1"
 _SAMPLE_HELP = "samples that --pixels and --teacher look at; 0: all; default: 64"
@@ -209,6 +210,7 @@ def evaluate(pipeline: str | None, checkpoint: str, ema: bool, as_json: bool, **
 @setting("--source", "source.train", metavar="PATH")
 @click.option("--pixels", is_flag=True, help="render views again and compare their digests; needs the source")
 @click.option("--teacher", is_flag=True, help="run the teacher again and compare its features; needs the source")
+@setting("--teacher-name", "teacher.name", metavar="NAME", help_text=_CODE_HELP)
 @setting("--teacher-weights", "teacher.weights", metavar="FILE")
 @click.option("--sample", default=64, metavar="N", type=click.IntRange(min=0), help=_SAMPLE_HELP)
 @click.option("--repair", is_flag=True, help="drop what is damaged, for the same extract to make it again")
