@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 
 from vkd_cache.cache.arrays import Array
 from vkd_cache.cache.codecs import decode_node, rounding_bound, stored_arrays
-from vkd_cache.cache.documents import unseal
+from vkd_cache.cache.documents import MAX_DOCUMENT_BYTES, unseal
 from vkd_cache.cache.schema import Manifest, NodeSpec, UnitRecord
 from vkd_cache.cache.storage import Storage, open_storage
 from vkd_cache.cache.token_codecs import decode_tokens, tokens_rounding_bound
+from vkd_cache.cache.unit_copies import read_copied
 from vkd_cache.cache.units import (
     ColumnSpec,
     UnitId,
@@ -31,9 +32,12 @@ from vkd_cache.cache.units import (
     unpack_unit,
 )
 from vkd_cache.errors import CacheFormatError, CacheMismatchError, CorruptCacheError, IncompleteCacheError
+from vkd_cache.local_copies import LocalCopies, Original
 from vkd_cache.tokens import Tokens
+from vkd_cache.urls import is_remote
 
 MANIFEST_PATH = "manifest.json"
+_MAX_HEAD_BYTES = 2**34  # a million classes of a teacher 4096 wide
 
 
 class Unit:
@@ -127,8 +131,10 @@ class Cache:
         fingerprint: hexadecimal SHA-256 of the part of the manifest that must match.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+    def __init__(self, storage: Storage, manifest: Manifest, copies: LocalCopies | None = None) -> None:
+        """`copies`: where unit files are kept once they have been read; None: nowhere."""
         self.url = storage.url
+        self._copies = copies
         self.manifest = manifest
         self.fingerprint = manifest.fingerprint()
         self.storage = storage
@@ -184,7 +190,7 @@ class Cache:
         path = record_path(UnitId(shard, view))
         where = f"{self.url}/{path}"
         try:
-            data = self.storage.get(path)
+            data = self.storage.get(path, most_bytes=MAX_DOCUMENT_BYTES)
         except FileNotFoundError as error:
             raise IncompleteCacheError(
                 f"{self.url}: shard {shard} of view {view} is not published. Run the same `vkd-cache extract` again "
@@ -250,11 +256,18 @@ class Cache:
             CorruptCacheError: the file is missing or not what was published.
         """
         path, size, digest = record.files[0]
+        if self._copies is None:
+            return self._stored_file(record, verify=verify)
+        original = Original(f"{self.url}/{path}", size, digest)
+        return read_copied(self._copies, original, lambda: self._stored_file(record, verify=True))
+
+    def _stored_file(self, record: UnitRecord, *, verify: bool) -> bytes:
+        path, size, digest = record.files[0]
         where = f"{self.url}/{path}"
         unit_record = record_path(UnitId(record.shard, record.view))
         what_to_do = f"Delete its record ({unit_record}) and run the same `vkd-cache extract` again."
         try:
-            data = self.storage.get(path)
+            data = self.storage.get(path, most_bytes=size + 1)  # one more shows that it is not the same
         except FileNotFoundError as error:
             raise CorruptCacheError(f"{where}: missing, but its record says it was published. {what_to_do}") from error
         if len(data) != size:
@@ -278,7 +291,18 @@ class Cache:
             weight, bias = tensors["weight"], tensors["bias"]
         except (SafetensorError, KeyError) as error:
             raise CacheFormatError(f"{where}: expected tensors 'weight' and 'bias' ({error}).") from error
+        self._check_head(weight, bias, where)
         return weight, bias
+
+    def _check_head(self, weight: torch.Tensor, bias: torch.Tensor, where: str) -> None:
+        """Compare a head with the features that it turns into logits."""
+        widths = [node.shape for node in self.manifest.nodes if node.name == "pooled"]
+        fits = weight.ndim == 2 and bias.shape == weight.shape[:1] and weight.dtype == bias.dtype == torch.float32
+        if not fits or (widths and weight.shape[1:] != widths[0]):
+            raise CacheFormatError(
+                f"{where}: found weight {tuple(weight.shape)} {weight.dtype}, bias {tuple(bias.shape)} {bias.dtype}, "
+                f"expected float32 (classes, {widths[0][0] if widths else 'width'}) and (classes,)."
+            )
 
     def head_file(self) -> bytes:
         """The bytes of the head's file; none without a head. Errors as `head`."""
@@ -286,7 +310,7 @@ class Cache:
             return b""
         where = f"{self.url}/{self.manifest.head['file']}"
         try:
-            data = self.storage.get(self.manifest.head["file"])
+            data = self.storage.get(self.manifest.head["file"], most_bytes=_MAX_HEAD_BYTES)
         except FileNotFoundError as error:
             raise CorruptCacheError(f"{where}: the teacher's head is missing. Restore it from a copy.") from error
         digest = hashlib.sha256(data).hexdigest()
@@ -298,28 +322,35 @@ class Cache:
         return data
 
 
-def find_cache(url: str) -> Cache | None:
+def find_cache(url: str, *, copies: LocalCopies | None = None) -> Cache | None:
     """The cache at `url`, or None if there is none; errors as `open_cache` if there is something else."""
     storage = open_storage(url)
-    return Cache(storage, read_manifest(storage)) if storage.exists(MANIFEST_PATH) else None
+    return _opened(storage, copies) if storage.exists(MANIFEST_PATH) else None
 
 
-def open_cache(url: str) -> Cache:
+def open_cache(url: str, *, copies: LocalCopies | None = None) -> Cache:
     """Open the cache at `url` (a directory or an fsspec URL) for reading.
+
+    Args:
+        url: where it is.
+        copies: of a cache behind a URL, keeps copies of the unit files that are read; None: each is read anew.
 
     Raises:
         CacheFormatError: there is no cache, or it has a format that this release does not know.
         CorruptCacheError: its manifest was changed.
     """
-    storage = open_storage(url)
-    return Cache(storage, read_manifest(storage))
+    return _opened(open_storage(url), copies)
+
+
+def _opened(storage: Storage, copies: LocalCopies | None) -> Cache:
+    return Cache(storage, read_manifest(storage), copies if is_remote(storage.url) else None)
 
 
 def read_manifest(storage: Storage) -> Manifest:
     """The manifest of the cache in `storage`; errors as `open_cache`."""
     where = f"{storage.url}/{MANIFEST_PATH}"
     try:
-        data = storage.get(MANIFEST_PATH)
+        data = storage.get(MANIFEST_PATH, most_bytes=MAX_DOCUMENT_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheFormatError(
             f"{storage.url}: found no {MANIFEST_PATH}, expected a cache. Make one with `vkd-cache extract`."

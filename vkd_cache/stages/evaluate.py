@@ -28,6 +28,7 @@ from vkd_cache.stages.cached_accuracy import count_cached
 from vkd_cache.stages.coco_accuracy import Detector, ap_of
 from vkd_cache.stages.coco_scores import DetectionResult, Found
 from vkd_cache.stages.contact_sheet import write_contact_sheet
+from vkd_cache.stages.copying import copies_of
 from vkd_cache.stages.ranks import process_group, take_device
 from vkd_cache.stages.saved_student import load_student, trained_sizes
 from vkd_cache.teachers import DetectionTeacher, Teacher, is_detector, load_teacher
@@ -166,14 +167,14 @@ def open_validation(config: Config) -> Source:
         raise ConfigError(
             f"[source] val is empty, and there is no val/ beside '{config.source.train}'. Give --source."
         )
-    return open_source(spec, split="val", shard_size=config.source.shard_size)
+    return open_source(spec, split="val", shard_size=config.source.shard_size, copies=copies_of(config.source))
 
 
 def _open_cache(config: Config) -> Cache:
     """The configured cache, of a teacher that classifies."""
     if not config.cache.url:
         raise ConfigError("[cache] url is empty: give --cache, or set it in the pipeline file.")
-    cache = open_cache(config.cache.url)
+    cache = open_cache(config.cache.url, copies=copies_of(config.source))
     if cache.manifest.recipe.get("geometry") == "detection":
         raise ConfigError(
             f"{cache.url}: holds a detector's tokens, not its detections, so it has no accuracy of its own. Evaluate "

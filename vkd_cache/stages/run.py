@@ -18,6 +18,7 @@ from vkd_cache.normalisation import Whitening
 from vkd_cache.runtime import JobSplit, expand_home
 from vkd_cache.sources import Source, is_detection, open_source, source_identity, validation_beside
 from vkd_cache.stages.classification_task import ClassificationTask
+from vkd_cache.stages.copying import copies_of
 from vkd_cache.stages.feed import Feed, Schedule
 from vkd_cache.stages.learner import Learner
 from vkd_cache.stages.ranks import take_device
@@ -191,7 +192,12 @@ def prepare_run(config: Config, split: JobSplit) -> Run:
     _check_config(config)
     device = take_device(config.train.device, split.local_index)
     cache = _open_cache(config)
-    source = open_source(config.source.train, split="train", shard_size=shard_size_of(config, cache))
+    source = open_source(
+        config.source.train,
+        split="train",
+        shard_size=shard_size_of(config, cache),
+        copies=copies_of(config.source),
+    )
     if cache is None:
         recipe = make_recipe(config.views)
         planned = parse_view_range(config.views.count) if config.views.count else range(config.train.epochs)
@@ -283,11 +289,11 @@ def _open_cache(config: Config) -> Cache | None:
     if not url or loss.feature_weight == loss.logit_weight == 0:
         return None
     if config.train.live_teacher:
-        cache = find_cache(url)
+        cache = find_cache(url, copies=copies_of(config.source))
         if cache is None:
             console.say(f"train: no cache at {url}, so views are planned as an extraction would")
         return cache
-    return open_cache(url)
+    return open_cache(url, copies=copies_of(config.source))
 
 
 def _views_of(cache: Cache, recipe: Recipe) -> ViewsConfig:
@@ -326,7 +332,9 @@ def shard_size_of(config: Config, cache: Cache | None) -> int:
 def _open_val(config: Config) -> Source | None:
     """The validation split: the one configured, or the one that lies beside the training split."""
     spec = config.source.val or validation_beside(config.source.train)
-    return open_source(spec, split="val", shard_size=config.source.shard_size) if spec else None
+    if not spec:
+        return None
+    return open_source(spec, split="val", shard_size=config.source.shard_size, copies=copies_of(config.source))
 
 
 def check_same_source(cache: Cache, source: Source) -> None:
