@@ -5,15 +5,15 @@ tests read one description. All mistakes of a file are reported at once.
 """
 
 import dataclasses
-import tomllib
 import typing
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from vkd_cache.errors import ConfigError
 from vkd_cache.fields import checked_value, option
 from vkd_cache.fields import suggestion as suggestion  # of this module for everybody else
+from vkd_cache.pipeline_file import find_pipeline as find_pipeline
+from vkd_cache.pipeline_file import read_toml
 from vkd_cache.urls import check_url
 
 # Far beyond any run, and small enough that a stranger's file that asks for as much is refused, not obeyed.
@@ -22,7 +22,6 @@ MAX_CLASSES = 2**20
 MAX_SIDE_PX = 4096
 _MAX_BATCH = 2**20
 _MAX_WORKERS = 1024
-_MAX_FILE_BYTES = 2**22  # of a pipeline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,7 @@ class SourceConfig:
     """Where the images are."""
 
     train: str = option(
-        "", "folder of classes, folder with train/ and val/, COCO's folder, or brace/glob pattern of tar shards"
+        "", "folder of classes, one with train/ and val/, COCO's, or brace/glob pattern of tars, here or behind a URL"
     )
     val: str = option(
         "", "the same for evaluation; empty: val/ beside the training split, or COCO's, where there is one"
@@ -38,10 +37,8 @@ class SourceConfig:
     shard_size: int = option(
         1024, "samples per shard of a folder or COCO source (tar shards keep their own)", minimum=2, maximum=2**31
     )
-    local_dir: str = option(
-        "", "folder for local copies of tars and cache units behind URLs; empty: below the user's cache folder"
-    )
-    local_gb: float = option(100.0, "bound of the local copies in that folder, 10^9 bytes", minimum=1e-6, maximum=1e6)
+    local_dir: str = option("", "folder for copies of tars and units behind URLs; empty: in the user's cache folder")
+    local_gb: float = option(100.0, "bound of the copies in that folder, 10^9 bytes", minimum=1e-6, maximum=1e6)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -272,29 +269,6 @@ SECTIONS: dict[str, type] = typing.get_type_hints(Config)
 _MAY_BE_URLS = {("source", "train"), ("source", "val"), ("cache", "url")}
 
 
-def find_pipeline(name: str) -> Path:
-    """The file of a pipeline given by path or by the name of one that is installed with the package.
-
-    Raises:
-        ConfigError: neither a file nor the name of an installed pipeline.
-    """
-    check_url(name, "pipeline")  # a mistyped command may have a URL here, and the message below shows it
-    path = Path(name)
-    if path.is_file():
-        return path
-    package = Path(__file__).parent
-    folders = [package / "pipelines", package.parent / "pipelines"]  # in a wheel; in a checkout
-    known: dict[str, Path] = {}
-    for folder in folders:
-        known |= {file.stem: file for file in folder.glob("*.toml")}
-    if name.removesuffix(".toml") in known:
-        return known[name.removesuffix(".toml")]
-    raise ConfigError(
-        f"{name}: no such pipeline file, and no installed pipeline of that name"
-        f"{suggestion(name, known) or '.'} Installed: {', '.join(sorted(known)) or 'none'}."
-    )
-
-
 def load_config(pipeline: str | None = None, overrides: Mapping[str, Mapping[str, object]] | None = None) -> Config:
     """Resolve defaults < pipeline file < `overrides` ({section: {field: value}}; None means not given).
 
@@ -305,7 +279,7 @@ def load_config(pipeline: str | None = None, overrides: Mapping[str, Mapping[str
     problems: list[str] = []
     if pipeline is not None:
         path = find_pipeline(pipeline)
-        _read_document(_read_toml(path), str(path), values, problems)
+        _read_document(read_toml(path), str(path), values, problems)
     for section, fields in (overrides or {}).items():
         given = {name: value for name, value in fields.items() if value is not None}
         _read_section(section, given, "command line", values, problems)
@@ -331,22 +305,6 @@ def _url_problems(values: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
                         f"[{section}] {name}: found '{value}', expected a path of this machine. Only data and caches "
                         "can be behind URLs."
                     )
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}), expected a TOML file.") from error
-    if len(data) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: more than {_MAX_FILE_BYTES} bytes, expected a TOML file of a few settings.")
-    try:
-        return tomllib.loads(data.decode("utf-8"))
-    except RecursionError as error:
-        raise ConfigError(f"{path}: not a TOML file: nested too deep") from error
-    except ValueError as error:  # not TOML, not UTF-8, or a number of thousands of digits
-        raise ConfigError(f"{path}: not a TOML file: {error}") from error
 
 
 def config_to_json(config: Config) -> dict[str, Any]:
