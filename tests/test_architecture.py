@@ -21,8 +21,8 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 
 # arrows go down, or stay inside one part
 LEVELS = {"__main__": 4, "cli": 3, "stages": 2}
-LEVELS |= dict.fromkeys(("console", "config", "fields", "errors", "runtime", "weights"), 0)
-LEVELS |= dict.fromkeys(("remote", "remote_faults", "urls", "local_copies"), 0)
+LEVELS |= dict.fromkeys(("console", "config", "fields", "errors", "runtime", "sealing", "weights"), 0)
+LEVELS |= dict.fromkeys(("pipeline_file", "remote", "remote_faults", "urls", "local_copies"), 0)
 PARTS_LEVEL = 1  # cache, sources, views, teachers, students, losses, ...
 SIDEWAYS = {
     ("cache", "vkd_cache.views.params"),
@@ -49,6 +49,10 @@ SIDEWAYS = {
     ("teachers", "vkd_cache.tokens"),
     ("config", "vkd_cache.errors"),
     ("config", "vkd_cache.fields"),
+    ("config", "vkd_cache.pipeline_file"),
+    ("pipeline_file", "vkd_cache.errors"),
+    ("pipeline_file", "vkd_cache.fields"),
+    ("pipeline_file", "vkd_cache.urls"),
     ("runtime", "vkd_cache.errors"),
     ("remote", "vkd_cache.errors"),
     ("remote", "vkd_cache.remote_faults"),
@@ -59,6 +63,7 @@ SIDEWAYS = {
     ("local_copies", "vkd_cache.runtime"),
     ("weights", "vkd_cache.errors"),
     ("weights", "vkd_cache.runtime"),
+    ("weights", "vkd_cache.sealing"),
     ("console", "vkd_cache.errors"),
     ("console", "vkd_cache.runtime"),
 }
