@@ -16,10 +16,13 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["vkd_cache.stages.extract"])
 
 
-def start_extract(config: Config, split: JobSplit, said: Path) -> BaseProcess:
-    """The stage as the command line runs it, in a process with this one's AWS and fsspec environment."""
+def start_extract(
+    config: Config, said: Path, split: JobSplit | None = None, settings: Mapping[str, str] | None = None
+) -> BaseProcess:
+    """The stage as the command line runs it, in a process with this one's AWS and fsspec environment and `settings`."""
     environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "FSSPEC_"))}
-    process = _CONTEXT.Process(target=_extract, args=(environment, config, split, said))
+    environment |= settings or {}
+    process = _CONTEXT.Process(target=_extract, args=(environment, config, split or JobSplit(), said))
     process.start()
     return process
 

@@ -2,11 +2,9 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +69,7 @@ def test_workers_at_once_behind_a_lossy_network_make_the_cache_that_a_folder_hol
 ) -> None:
     proxy.rates = A_FEW_OF_EACH
     config = tiny_config(cache={"url": url}, views={"count": "2"})
-    processes = [start_extract(config, JobSplit(index=n, count=3), tmp_path / "said") for n in range(3)]
+    processes = [start_extract(config, tmp_path / "said", JobSplit(index=n, count=3)) for n in range(3)]
     for process in processes:
         process.join(PATIENCE_S)
     assert [process.exitcode for process in processes] == [0] * 3, (tmp_path / "said").read_text()
@@ -85,7 +83,7 @@ def test_killed_and_resumed_it_is_the_same_cache(
     config = tiny_config(cache={"url": url}, views={"count": "2"})
     records: list[tuple[str, str]] = []
     for reached in (1, 4):
-        process = start_extract(config, JobSplit(), tmp_path / "said")
+        process = start_extract(config, tmp_path / "said")
         wait_until(lambda least=reached: len(put(proxy, "records")) >= least)  # type: ignore[misc]
         process.kill()
         process.join()
@@ -213,56 +211,55 @@ def test_an_outage_is_one_clear_error_and_the_same_command_goes_on(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def said_of_a_dead_endpoint() -> Iterator[Callable[[], tuple[int, str]]]:
-    """Code and text of a command whose endpoint refuses connections; started early, since it tries for a while."""
-    job = start_cli(environment(f"http://127.0.0.1:{free_port()}"), "verify", "s3://bucket/cache")
-    yield lambda: ended(job)
+def dead_endpoint(
+    tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[BaseProcess, Path]]:
+    """A job whose endpoint refuses connections, and what it says: started early, since it tries for a while."""
+    said = tmp_path_factory.mktemp("dead") / "said"
+    settings = environment(f"http://127.0.0.1:{free_port()}")
+    job = start_extract(tiny_config(cache={"url": "s3://bucket/cache"}), said, settings=settings)
+    yield job, said
     job.kill()
-    job.communicate()
-
-
-def start_cli(settings: dict[str, str], *arguments: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "vkd_cache", *arguments]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | settings
-    )
-
-
-def ended(job: "subprocess.Popen[str]") -> tuple[int, str]:
-    said, _ = job.communicate(timeout=PATIENCE_S)
-    return job.returncode, said
+    job.join()
 
 
 def test_what_is_wrong_with_a_store_is_one_line_without_secrets(
-    said_of_a_dead_endpoint: Callable[[], tuple[int, str]],
+    dead_endpoint: tuple[BaseProcess, Path],
     tiny_config: MakeConfig,
     s3_environment: S3Server,
     url: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bucketless = start_extract(
-        tiny_config(cache={"url": "s3://no-such-bucket-there/x"}), JobSplit(), tmp_path / "first"
-    )
-    bucketless.join(PATIENCE_S)
-    in_url = start_cli({}, "extract", "--cache", f"s3://AKIA:{SECRET}@bucket/x", "--source", "x", "--teacher", "y")
+    def extracting(name: str, where: str = url, settings: dict[str, str] | None = None) -> tuple[BaseProcess, Path]:
+        said = tmp_path / name
+        job = start_extract(tiny_config(cache={"url": where}), said, settings=settings)
+        job.join(PATIENCE_S)
+        return job, said
+
+    found = {"there is no such bucket": extracting("bucketless", "s3://no-such-bucket-there/x")}
     with s3_environment.require_credentials(url.removeprefix("s3://").partition("/")[0]) as reader:
-        wrong_keys = start_cli(NOBODY, "verify", url)
-        for name, value in reader.items():
-            monkeypatch.setenv(name, value)
-        read_only = start_extract(tiny_config(cache={"url": url}), JobSplit(), tmp_path / "said")
-        read_only.join(PATIENCE_S)
-        refused = ended(wrong_keys)
-    found = {
-        "there is no such bucket": (1, int(bucketless.exitcode or 0), (tmp_path / "first").read_text()),
-        "carries a user and a password": (2, *ended(in_url)),
-        "the store refuses": (1, *refused),
-        "Access Denied": (1, int(read_only.exitcode or 0), (tmp_path / "said").read_text()),
-        "Could not connect to the endpoint": (1, *said_of_a_dead_endpoint()),
-    }
-    for message, (expected, code, said) in found.items():
+        found["the store refuses"] = extracting("nobody", settings=NOBODY)
+        found["the store refuses: Access Denied"] = extracting("reader", settings=reader)
+    dead_endpoint[0].join(PATIENCE_S)
+    found["Could not connect to the endpoint"] = dead_endpoint
+    for message, (job, path) in found.items():
+        said = path.read_text()
         *_, last = said.splitlines()
-        assert (code, last[:7]) == (expected, "Error: "), said
+        assert (job.exitcode, last[:7]) == (1, "Error: "), said
         assert message in last
         assert "Traceback" not in said
         assert not [secret for secret in (SECRET, *NOBODY.values(), *reader.values()) if secret in said]
+
+
+def test_credentials_in_a_url_never_get_further_than_the_command_line(tmp_path: Path) -> None:
+    url = f"s3://AKIA:{SECRET}@bucket/x"
+    output = str(tmp_path / "out")
+    for arguments in (
+        ["train", "--cache", url, "--source", "x", "--student", "y", "--output", output],
+        ["verify", url],
+    ):
+        done = run_cli(arguments)
+        assert done.returncode == 2
+        assert "carries a user and a password" in done.stderr
+        assert SECRET not in done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())
