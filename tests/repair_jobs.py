@@ -1,5 +1,6 @@
 """What the tests of repairs run in processes of their own, and the watched storage that both sides use."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from vkd_cache.cache.reader import Cache, open_cache
 from vkd_cache.cache.repair import drop_unit
 from vkd_cache.cache.units import UnitId
 from vkd_cache.config import Config
+from vkd_cache.errors import CacheError
 from vkd_cache.guard import guarded
 from vkd_cache.stages.verify import VerifyReport, VerifyRequest, verify
 
@@ -79,9 +81,9 @@ def drop_and_die(root: Path, number: int) -> None:
 
 def repair_as_reader(url: Path, said: Path) -> None:
     """As a user who may write nowhere, root included; what it says goes to the file `said`."""
-    verify(Config(), VerifyRequest(url=str(url)))  # all that is imported late is read now: nobody else may be allowed to
-    handle = os.open(said, os.O_WRONLY | os.O_CREAT)
-    os.dup2(handle, 2)
+    with contextlib.suppress(CacheError, OSError):
+        verify(Config(), VerifyRequest(url=str(url)))  # imports what is imported late: others may not read the library
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if os.geteuid() == 0:
         os.seteuid(NOBODY)
     os._exit(guarded(lambda: repair(url).exit_code))

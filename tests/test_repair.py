@@ -313,7 +313,7 @@ def test_killed_before_any_of_its_steps(tmp_path: Path) -> None:
     assert codes == [-signal.SIGKILL] * (len(codes) - 1) + [SURVIVED]
 
 
-# ------------------------------------------------------------------------------------------ where nothing can be written
+# ----------------------------------------------------------------------------------------- where nothing can be written
 
 
 @pytest.fixture
@@ -352,19 +352,27 @@ def test_a_cache_that_is_only_to_be_read(shared: Path, tmp_path: Path) -> None:
     assert contents(cache) == before
 
 
-def test_what_cannot_be_read_is_not_taken_for_damaged(tmp_path: Path) -> None:
-    """A directory in a record's place stands for a disk that answers with an error."""
-    writer = create_cache(str(tmp_path), make_manifest())
+def test_what_cannot_be_read_is_not_taken_for_damaged(shared: Path, tmp_path: Path) -> None:
+    """Files of somebody else in folders where everybody may delete."""
+    cache = shared / "cache"
+    writer = create_cache(str(cache), make_manifest())
     for shard in range(3):
         writer.publish(shard, 0, make_columns(7), {"pooled": make_values(7)})
-    path = unit_file(tmp_path, 1)
-    path.unlink()
-    path.mkdir()
-    report = repair(tmp_path)
-    assert (report.errors, report.repaired) == (1, ())
-    (finding,) = (finding for finding in report.levels[0].findings if finding.is_error)
-    assert "cannot be read (Is a directory)" in finding.message
-    assert "Kept what cannot be read here" in report.next_step
+    for folder in (cache, *(path for path in cache.rglob("*") if path.is_dir())):
+        folder.chmod(0o777)
+    before = contents(cache)
+    victims = [unit_file(cache, 1), cache / record_path(UnitId(2, 0)), cache / "manifest.json"]
+    for path in victims[:2]:
+        path.chmod(0)
+    code, said = as_reader(cache, tmp_path)
+    assert code == 3
+    assert "dropped" not in said
+    victims[2].chmod(0)
+    assert as_reader(cache, tmp_path)[0] == 1
+    for path in victims:
+        path.chmod(0o644)
+    assert contents(cache) == before
+    assert repair(cache).exit_code == 0
 
 
 def test_rows_that_contradict_each_other_are_dropped_too(tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from vkd_cache.errors import CheckpointError, TeacherError
 from vkd_cache.runtime import expand_home
+from vkd_cache.sealing import seal_problem
 
 CHECKPOINT_FORMAT = "vkd-cache checkpoint"  # what the entry `format` of a training checkpoint of ours says
+_UNSEALED_VERSIONS = (1, 2)  # of our checkpoints, which have had a checksum since
 WEIGHT_ENTRIES = ("student", "model", "state_dict")
 _WRAPPERS = ("module.", "_orig_mod.")  # left by DistributedDataParallel and averages, and by torch.compile
 _UPDATE_COUNT = "n_averaged"  # torch's AveragedModel counts its updates among the weights
@@ -56,14 +58,20 @@ def read_weights_file(path: str | Path, refusal: Refusal) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             start = file.read(9)
+        problem = seal_problem(path)
     except OSError as error:
         raise refusal(
             f"{path}: cannot be read ({error.strerror or error}), expected a file of weights: safetensors or torch."
         ) from error
+    if problem:
+        raise refusal(f"{path}: damaged since it was written: {problem}. Use a copy, or another checkpoint of the run.")
     content = _read_safetensors(path, refusal) if start[8:] == b"{" else _read_torch(path, refusal)
     _refuse_phantoms(content, path, refusal)
     if not isinstance(content, Mapping):
         raise refusal(f"{path}: holds a {type(content).__name__}, expected a dictionary of weights by name.")
+    ours = content.get("format") == CHECKPOINT_FORMAT and content.get("version") not in _UNSEALED_VERSIONS
+    if ours and problem is None:
+        raise refusal(f"{path}: a checkpoint of vkd-cache without the checksum at its end: damaged, or cut short.")
     return dict(content)
 
 

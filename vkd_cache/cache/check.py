@@ -95,7 +95,7 @@ def _text(error: Exception) -> str:
 def _unit_files(cache: Cache) -> Iterator[str]:
     """Files of the units whose records can be read; what is wrong with the others, `check_unit` says."""
     for unit in cache.units:
-        with contextlib.suppress(CacheError):
+        with contextlib.suppress(CacheError, OSError):
             yield cache.record(*unit).files[0][0]
 
 

@@ -15,10 +15,11 @@ from vkd_cache import console
 from vkd_cache.config import Config, config_to_json
 from vkd_cache.errors import CheckpointError, ConfigError
 from vkd_cache.runtime import expand_home, write_atomic
+from vkd_cache.sealing import sealed
 from vkd_cache.students.checkpoint import read_torch_file
 from vkd_cache.weights import CHECKPOINT_FORMAT
 
-VERSION = 2  # 1: standing held accuracies by name
+VERSION = 3  # 1: standing held accuracies by name; 2: no checksum at its end
 LAST, BEST = "last.pt", "best.pt"
 
 # What may change between a run and its continuation without changing the result.
@@ -35,10 +36,10 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")  # as runtime.write_atomic n
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path` atomically, marked as ours."""
+    """Write `state` to `path` atomically, marked as ours, with a checksum at its end."""
     buffer = io.BytesIO()
     torch.save({"format": CHECKPOINT_FORMAT, "version": VERSION} | state, buffer)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, sealed(buffer.getvalue()))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
