@@ -1,7 +1,9 @@
 """A cache in a directory of this machine, or of a network file system.
 
 A newcomer's trap: a reader may list and read at any moment while others write, so a file appears whole or not at all:
-temporary file, fsync, rename, fsync of the directory.
+temporary file, fsync, rename, fsync of the directory. Network file systems lack some of it (locks, hard links, modes,
+syncing of directories, renaming over a file) or show a new file late: then the next best thing is done, and nothing
+that is published ever rests on what is lacking.
 """
 
 import contextlib
@@ -10,6 +12,7 @@ import fcntl
 import os
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 from vkd_cache.cache.storage import TEMPORARY
@@ -17,6 +20,12 @@ from vkd_cache.errors import CacheError, CorruptCacheError
 from vkd_cache.runtime import sync_directory
 
 _ATTEMPTS = 100
+# What a file system says of something that it cannot do at all.
+_LACKING = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EMLINK, errno.ENOLCK}
+# A file that must be there is looked for again after these times: NFS may hide a new one for a while. A cache that has
+# lost many files is not waited for at each: after so many waits, no more.
+_LOOK_AGAIN_S = (0.0, 0.05, 0.2, 1.0)
+_WAITS = 4
 
 
 class LocalStorage:
@@ -25,6 +34,7 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.url = str(root)
+        self._waits = _WAITS
 
     def put(self, path: str, data: bytes, *, exclusive: bool = False) -> None:
         """See `Storage.put`."""
@@ -34,11 +44,7 @@ class LocalStorage:
             handle, temporary = self._open_temporary()
             try:
                 _write_all(handle, data)
-                if exclusive:
-                    os.link(temporary, target)
-                    temporary.unlink()
-                else:
-                    temporary.replace(target)
+                (_create if exclusive else _replace)(temporary, target)
             except FileNotFoundError:
                 continue  # another writer took our file for a dead one's, between its creation and our lock
             except BaseException:
@@ -46,13 +52,15 @@ class LocalStorage:
                 raise
             finally:
                 os.close(handle)
-            sync_directory(target.parent)
+            _sync(target.parent)
             return
         raise CacheError(f"{target}: could not be written: its temporary file was removed {_ATTEMPTS} times.")
 
     def get(self, path: str, *, most_bytes: int | None = None) -> bytes:
         """See `Storage.get`."""
         place = self.root / path
+        if path.startswith("units/"):
+            self._await(place)  # a record has named it
         # without waiting: a pipe in a stranger's cache may have nobody at its other end
         with open(os.open(place, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:  # noqa: PTH123 - a handle
             status = os.fstat(file.fileno())
@@ -121,7 +129,7 @@ class LocalStorage:
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+            if error.errno in _LACKING:
                 return False  # a file system without locks: better a stray file than a living writer's
             raise
         finally:
@@ -133,10 +141,23 @@ class LocalStorage:
         self._make_directory(folder)
         handle, name = tempfile.mkstemp(suffix=".tmp", dir=folder)
         # mkstemp is for secrets: 0600. A cache is shared with the same people as the files around it.
-        os.fchmod(handle, 0o666 & ~_umask(folder))
+        with contextlib.suppress(OSError):
+            os.fchmod(handle, 0o666 & ~_umask(folder))
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
         return handle, Path(name)
+
+    def _await(self, place: Path) -> None:
+        """Wait for a file that another machine has written: listing its folder makes NFS ask the server again."""
+        if place.exists() or not self._waits:
+            return
+        for pause_s in _LOOK_AGAIN_S:
+            time.sleep(pause_s)
+            with contextlib.suppress(OSError), os.scandir(place.parent) as entries:
+                next(entries, None)
+            if place.exists():
+                return
+        self._waits -= 1
 
     def _place(self, path: str) -> Path:
         """Where to write or remove `path`: below the root, and through no link, which could lead anywhere.
@@ -160,12 +181,51 @@ class LocalStorage:
         missing = [directory, *(parent for parent in directory.parents if not parent.exists())]
         directory.mkdir(parents=True, exist_ok=True)
         for made in missing:
-            sync_directory(made.parent)
+            _sync(made.parent)
 
 
 def _umask(folder: Path) -> int:
     # os.umask can only be read by changing it, which other threads would see: read it off a folder made under it
     return ~folder.stat().st_mode & 0o777
+
+
+def _create(temporary: Path, target: Path) -> None:
+    """Make `target` of a finished temporary file, or raise FileExistsError: a hard link is the only step that can."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        if not target.samefile(temporary):  # else NFS has sent our own request twice
+            raise
+    except OSError as error:
+        if error.errno not in _LACKING:
+            raise
+        # Without hard links two first writers may both pass here. Both then read what is there, and what was written
+        # for the one that lost carries another fingerprint, which every reader refuses.
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+        temporary.replace(target)
+        return
+    temporary.unlink()
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    try:
+        temporary.replace(target)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.EACCES, errno.EPERM, errno.EBUSY) or not target.is_file():
+            raise
+        # A file system that renames over nothing. Readers see a unit that is not published for a moment, and the old
+        # file of a unit is the same as the new one: its name says so.
+        target.unlink()
+        temporary.replace(target)
+
+
+def _sync(directory: Path) -> None:
+    try:
+        sync_directory(directory)
+    except OSError as error:
+        if error.errno not in _LACKING:  # SMB and some FUSE file systems sync files only
+            raise
 
 
 def _write_all(handle: int, data: bytes) -> None:
