@@ -48,6 +48,7 @@ class _Worker:
 
     def __init__(self, work: Callable[[Any], Any], name: str) -> None:
         self._name = name
+        self._waiting = threading.Lock()  # two threads that wait for one process get its exit code wrong
         context = multiprocessing.get_context("forkserver")
         self._line, its_end = context.Pipe()
         self.process = context.Process(target=_work, args=(work, its_end), daemon=True)
@@ -82,8 +83,7 @@ class _Worker:
             raise self._death() from error
         except Exception as error:
             # half a message, or a message whose sender is gone before the tensors in it were fetched from it
-            self.process.join(PATIENCE_S)
-            if self.process.is_alive():
+            if not self._has_ended():
                 raise
             raise self._death() from error
         if isinstance(result, _Failure):
@@ -91,9 +91,14 @@ class _Worker:
             raise result.error
         return result
 
+    def _has_ended(self) -> bool:
+        with self._waiting:
+            self.process.join(PATIENCE_S)
+            return self.process.exitcode is not None
+
     def _death(self) -> SourceError:
-        self.process.join(PATIENCE_S)
-        return SourceError(f"{self._name}: a data worker process died{_cause_of(self.process.exitcode)} {_WHAT_TO_DO}")
+        cause = _cause_of(self.process.exitcode if self._has_ended() else None)
+        return SourceError(f"{self._name}: a data worker process died{cause} {_WHAT_TO_DO}")
 
     def hang_up(self) -> None:
         """End the line on both sides: the worker leaves, and a thread that waits here is woken."""
@@ -103,11 +108,9 @@ class _Worker:
     def close(self) -> None:
         """After `hang_up`, when no thread uses the line any more."""
         self._line.close()
-        self.process.join(PATIENCE_S)
-        if self.process.is_alive():  # stopped, or deep in a system call
+        if not self._has_ended():  # stopped, or deep in a system call
             self.process.kill()
-            self.process.join(PATIENCE_S)
-        if not self.process.is_alive():
+        if self._has_ended():
             self.process.close()
 
 
@@ -236,6 +239,9 @@ def _take_tasks(line: Connection, tasks: "queue.SimpleQueue[Any]") -> None:
             tasks.put(line.recv())
     except (OSError, EOFError):  # the main process has hung up, or is gone
         os._exit(0)
+    except Exception:  # noqa: BLE001 - whatever it is: a worker that takes no tasks would be waited for
+        traceback.print_exc()
+        os._exit(1)
 
 
 def _exit_when_told() -> None:
