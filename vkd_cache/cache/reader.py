@@ -38,6 +38,7 @@ from vkd_cache.urls import is_remote
 
 MANIFEST_PATH = "manifest.json"
 _MAX_HEAD_BYTES = 2**34  # a million classes of a teacher 4096 wide
+_HEAD_AGAIN = "Restore it from a copy, or run `vkd-cache verify --repair` and then the same `vkd-cache extract` again."
 
 
 class Unit:
@@ -265,7 +266,10 @@ class Cache:
         path, size, digest = record.files[0]
         where = f"{self.url}/{path}"
         unit_record = record_path(UnitId(record.shard, record.view))
-        what_to_do = f"Delete its record ({unit_record}) and run the same `vkd-cache extract` again."
+        what_to_do = (
+            f"Delete its record ({unit_record}), or run `vkd-cache verify --repair`, and then the same `vkd-cache "
+            "extract` again."
+        )
         try:
             data = self.storage.get(path, most_bytes=size + 1)  # one more shows that it is not the same
         except FileNotFoundError as error:
@@ -312,12 +316,11 @@ class Cache:
         try:
             data = self.storage.get(self.manifest.head["file"], most_bytes=_MAX_HEAD_BYTES)
         except FileNotFoundError as error:
-            raise CorruptCacheError(f"{where}: the teacher's head is missing. Restore it from a copy.") from error
+            raise CorruptCacheError(f"{where}: the teacher's head is missing. {_HEAD_AGAIN}") from error
         digest = hashlib.sha256(data).hexdigest()
         if digest != self.manifest.head["sha256"]:
             raise CorruptCacheError(
-                f"{where}: found SHA-256 {digest}, the manifest says {self.manifest.head['sha256']}. "
-                "Restore it from a copy."
+                f"{where}: found SHA-256 {digest}, the manifest says {self.manifest.head['sha256']}. {_HEAD_AGAIN}"
             )
         return data
 
