@@ -20,7 +20,7 @@ def start_extract(
     config: Config, said: Path, split: JobSplit | None = None, settings: Mapping[str, str] | None = None
 ) -> BaseProcess:
     """The stage as the command line runs it, in a process with this one's AWS and fsspec environment and `settings`."""
-    environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "FSSPEC_"))}
+    environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "FSSPEC_", "XDG_"))}
     environment |= settings or {}
     process = _CONTEXT.Process(target=_extract, args=(environment, config, split or JobSplit(), said))
     process.start()

@@ -20,10 +20,12 @@ from train_runs import log, pipeline, run_cli, same_value
 from vkd_cache import remote
 from vkd_cache.cache.reader import open_cache
 from vkd_cache.config import Config
-from vkd_cache.errors import StorageError
+from vkd_cache.errors import ConfigError, StorageError
 from vkd_cache.remote import Patience
 from vkd_cache.runtime import JobSplit
 from vkd_cache.stages.checkpoints import read_checkpoint
+from vkd_cache.stages.convert import ConvertRequest, convert
+from vkd_cache.stages.convert_plan import Wish
 from vkd_cache.stages.extract import extract
 from vkd_cache.stages.train import train
 from vkd_cache.stages.verify import VerifyRequest, verify
@@ -148,7 +150,7 @@ def test_training_behind_a_lossy_network_is_training_from_a_folder(
         cache={"url": str(small_cache)}, views={"count": "2"}, train={"output": str(tmp_path / "folder")}
     )
     sections: dict[str, dict[str, Any]] = {
-        "source": {"train": str(digits_tree), "shard_size": SHARD_SIZE, "local_dir": str(tmp_path / "copies")},
+        "source": {"train": str(digits_tree), "shard_size": SHARD_SIZE},
         "views": {"size_px": SIDE_PX, "seed": 5, "count": "2"},
         "cache": {"url": url},
         "student": {"name": "test_vit"},
@@ -187,6 +189,26 @@ def test_verify_finds_what_changed_and_extract_redoes_it(
     s3_environment.client.delete_object(Bucket=bucket, Key=f"{prefix}/{record}")
     assert extract(config, JobSplit()).units_published == 1
     assert remote_contents(s3_environment, url) == contents(small_cache)
+
+
+def test_conversion_goes_from_a_folder_to_a_store_and_back(
+    small_cache: Path, s3_environment: S3Server, proxy: FaultProxy, url: str, tmp_path: Path
+) -> None:
+    proxy.rates = A_FEW_OF_EACH
+    wish = Wish(backend="webdataset", dtype="uint8")
+    convert(ConvertRequest(source=str(small_cache), target=str(tmp_path / "in-a-folder"), wish=wish), JobSplit())
+    convert(ConvertRequest(source=str(small_cache), target=url, wish=wish, views="0:1"), JobSplit())
+    summary = convert(ConvertRequest(source=str(small_cache), target=url, wish=wish), JobSplit())
+    assert summary.units_skipped == NUM_UNITS // 2
+    assert remote_contents(s3_environment, url) == contents(tmp_path / "in-a-folder")
+    zarr = Wish(backend="zarr")
+    for source, target in ((url, "from-the-store"), (str(tmp_path / "in-a-folder"), "from-the-folder")):
+        convert(ConvertRequest(source=source, target=str(tmp_path / target), wish=zarr), JobSplit())
+    assert contents(tmp_path / "from-the-store") == contents(tmp_path / "from-the-folder")
+    with pytest.raises(ConfigError, match="is the cache that is to be converted"):
+        convert(ConvertRequest(source=url, target=url + "/", wish=zarr), JobSplit())
+    with pytest.raises(ConfigError, match="carries a user and a password"):
+        convert(ConvertRequest(source=url, target=f"s3://AKIA:{SECRET}@bucket/x", wish=zarr), JobSplit())
 
 
 def test_an_outage_is_one_clear_error_and_the_same_command_goes_on(
