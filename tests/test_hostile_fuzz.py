@@ -27,6 +27,7 @@ from vkd_cache.cache.units import UnitId, record_path
 from vkd_cache.cache.writer import create_cache
 from vkd_cache.config import Config, load_config
 from vkd_cache.errors import VkdCacheError
+from vkd_cache.sealing import sealed
 from vkd_cache.sources import open_source
 from vkd_cache.sources.coco_json import read_coco
 from vkd_cache.stages.checkpoints import check_same_run, read_checkpoint, save_checkpoint
@@ -346,10 +347,12 @@ def test_checkpoints(
     else:
         state = draw.draw(changed(state)) | {"student": weights}
     path = tmp_path_factory.mktemp("fuzz") / "last.pt"
+    buffer = io.BytesIO()
     try:
-        torch.save(state, path)
+        torch.save(state, buffer)
     except (UnicodeEncodeError, OverflowError):  # nothing that a pickle can hold
         return
+    path.write_bytes(sealed(buffer.getvalue()))
     config = tiny_config(student={"name": ""})
     with one_message():
         load_student(str(path), config, 10)

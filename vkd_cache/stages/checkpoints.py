@@ -6,6 +6,8 @@ resolved configuration, so that `eval` can build the student from the file alone
 
 import io
 import re
+import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "so training cannot continue from it. Give the last.pt of a run, or leave --resume out."
         )
     if state.get("version") != VERSION:
-        raise CheckpointError(f"{path}: checkpoint version {state.get('version')}, this version reads {VERSION}.")
+        raise CheckpointError(f"{path}: checkpoint version {state.get('version')!r:.40}, this version reads {VERSION}.")
+    sections, views = state.get("config"), state.get("views")
+    fits = isinstance(sections, Mapping) and all(isinstance(fields, Mapping) for fields in sections.values())
+    fits = fits and isinstance(views, list) and all(type(view) is int for view in views)
+    if not fits or not isinstance(state.get("identity"), Mapping):
+        raise CheckpointError(
+            f"{path}: says it is a checkpoint of vkd-cache, but its config, identity or views are none. Was it edited?"
+        )
     return state
 
 
@@ -100,7 +109,7 @@ def check_same_run(path: Path, state: dict[str, Any], config: Config, identity: 
             continue
         before = state["config"].get(section, {})
         differences += [
-            f"  [{section}] {name}: {before.get(name)!r} in the checkpoint, {value!r} now"
+            f"  [{section}] {name}: {reprlib.repr(before.get(name))} in the checkpoint, {value!r} now"
             for name, value in fields.items()
             # a checkpoint holds what JSON can: tuples come back as lists
             if name not in FREE_FIELDS.get(section, set()) and _plain(before.get(name)) != _plain(value)
@@ -108,7 +117,7 @@ def check_same_run(path: Path, state: dict[str, Any], config: Config, identity: 
     for name, value in identity.items():
         stored = state["identity"].get(name)
         if stored != value:
-            differences.append(f"  {name}: {stored!r} in the checkpoint, {value!r} now")
+            differences.append(f"  {name}: {reprlib.repr(stored)} in the checkpoint, {value!r} now")
     if differences:
         raise CheckpointError(
             f"{path}: was made by another run:\n" + "\n".join(differences) + "\nContinue with the same "

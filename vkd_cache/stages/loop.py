@@ -17,7 +17,7 @@ import torch
 
 from vkd_cache import console
 from vkd_cache.config import config_to_json
-from vkd_cache.errors import ConfigError, VkdCacheError
+from vkd_cache.errors import CheckpointError, ConfigError, VkdCacheError
 from vkd_cache.optim import cosine_lr
 from vkd_cache.runtime import hardware, library_versions, write_atomic
 from vkd_cache.stages.checkpoints import BEST, LAST, check_same_run, read_checkpoint, remove_stale, save_checkpoint
@@ -63,9 +63,7 @@ class Loop:
         self._clock, self._samples = time.monotonic(), 0  # since the last log line
         self._stop = StopSignals(run.split, run.device, run.config.train.log_every)
         if state is not None:
-            self._learner.load_state(state)
-            self.standing = Standing(**state["standing"])
-            self._window.load(state["window"])
+            self._load(state)
             console.say(f"train: continuing at step {self.standing.step + 1} from {checkpoint}")
 
     def _checked_state(self, path: Path) -> dict[str, Any]:
@@ -74,6 +72,26 @@ class Loop:
         check_same_run(path, state, self._run.config, self._identity())
         self._run.use_views(state["views"], path)
         return state
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Take over what `save` kept.
+
+        Raises:
+            CheckpointError: it is not of this run's student, optimizer or losses, whatever it says of itself.
+        """
+        try:
+            self._learner.load_state(state)
+            self.standing = Standing(**state["standing"])
+            self._window.load(state["window"])
+            places = (self.standing.step, self.standing.epoch, self.standing.batch)
+            if not all(type(place) is int and 0 <= place < 2**53 for place in places):
+                raise ValueError(f"standing {places}")
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"{self._checkpoint}: holds a state that does not fit this run ({reason:.200}). Was it edited? Start a "
+                "new run in another --output."
+            ) from error
 
     def go(self) -> bool:
         """Train to the end, or to a signal; True when a signal stopped it.
