@@ -35,6 +35,7 @@ class FaultProxy:
     Attributes:
         endpoint: its URL.
         rates: probability of each of `FAULTS`, by name; may be changed at any time.
+        script: what befalls the next requests of a kind, before anything is drawn; '' for nothing.
         puts_until_outage: once so many PUTs were asked for, every request is refused.
         counts: requests by kind: GET, HEAD, PUT, DELETE, LIST; `sent` and `received`: bytes of bodies.
         asked: (kind, path) of every request, in order.
@@ -43,6 +44,7 @@ class FaultProxy:
 
     def __init__(self, port: int, seed: int = 0, rates: Mapping[str, float] | None = None) -> None:
         self.rates = dict(rates or {})
+        self.script: dict[str, list[str]] = {}
         self.puts_until_outage = float("inf")
         self.counts: Counter[str] = Counter()
         self.injected: Counter[str] = Counter()
@@ -79,6 +81,8 @@ class FaultProxy:
             self.counts[kind] += 1
             self.asked.append((kind, path))
             self._times[kind, path] += 1
+            if self.script.get(kind):
+                return self.script[kind].pop(0)
             if self.counts["PUT"] > self.puts_until_outage:
                 self.injected["slow_down"] += 1
                 return "slow_down"

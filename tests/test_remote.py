@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 from fault_proxy import FAULTS, FaultProxy
 from hypothesis import given, settings
@@ -177,6 +178,22 @@ def test_a_fault_that_stays_is_one_bounded_error(
             files.put("new", b"x" * 1000, exclusive=True)
         proxy.rates = {}
         assert files.exists("new") == (fault == "lost")
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_a_large_object_is_put_in_parts_and_whole_or_not_at_all(
+    files: RemoteFiles, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, exclusive: bool
+) -> None:
+    monkeypatch.setattr(remote, "_PART_BYTES", 5 * 2**20)  # S3 takes no smaller ones
+    data = np.random.default_rng(0).bytes(11 * 2**20)
+    proxy.script = {"POST": ["", "lost"], "PUT": ["", "cut_request"]}
+    files.put("large", data, exclusive=exclusive)
+    assert proxy.counts["POST"] > 2
+    assert files.paths("") == ["large"]
+    assert files.read("large") == data
+    with pytest.raises(FileExistsError):
+        files.put("large", data[1:], exclusive=True)
+    assert files.read("large") == data
 
 
 def test_the_wait_is_bounded_and_grows() -> None:

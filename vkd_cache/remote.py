@@ -26,6 +26,7 @@ __all__ = ["PATIENCE", "Patience", "RemoteFiles", "RemoteInfo", "check_url", "is
 
 _Result = TypeVar("_Result")
 _DOWNLOAD_BYTES = 16 * 2**20  # one request of a download: what a lost connection costs at most, and the memory it takes
+_PART_BYTES = 50 * 2**20  # an object on S3 that is twice as large is put in parts, and appears when all are there
 _S3_PROTOCOLS = ("s3", "s3a")
 
 
@@ -127,11 +128,12 @@ class RemoteFiles:
         """
 
         def once() -> None:
+            parts = {"chunksize": _PART_BYTES} if self._is_s3 else {}
             if not exclusive:
-                self._filesystem.pipe_file(self._target(path), data)
+                self._filesystem.pipe_file(self._target(path), data, **parts)
                 return
             try:
-                self._filesystem.pipe_file(self._target(path), data, mode="create")
+                self._filesystem.pipe_file(self._target(path), data, mode="create", **parts)
             except FileExistsError:
                 # ours, if the answer was lost: aiohttp repeats a request by itself when a connection turns out dead
                 if bytes(self._filesystem.cat_file(self._target(path))) != data:
@@ -218,6 +220,10 @@ class RemoteFiles:
             self._clients[os.getpid()] = _new_filesystem(self.url)
         return self._clients[os.getpid()]
 
+    @property
+    def _is_s3(self) -> bool:
+        return self.url.partition("://")[0].lower() in _S3_PROTOCOLS
+
     def _target(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
 
@@ -238,7 +244,7 @@ class RemoteFiles:
         if len(data) > end - start:  # a server without ranges sends everything
             return data[start:end]
         # S3 says how many bytes it sends, and fewer are an error already; of other servers we have to ask
-        if not hasattr(self._filesystem, "call_s3") and start + len(data) != self._info_once(path).num_bytes:
+        if not self._is_s3 and start + len(data) != self._info_once(path).num_bytes:
             raise TimeoutError(f"{len(data)} of {end - start} bytes arrived")
         return data
 
@@ -253,7 +259,7 @@ class RemoteFiles:
 
     def _described(self, target: str) -> dict[str, Any]:
         """What the store says about an object. On S3 that is one request, once the bucket is known to exist."""
-        if self._bucket_exists and hasattr(self._filesystem, "call_s3"):
+        if self._bucket_exists and self._is_s3:
             bucket, key, _ = self._filesystem.split_path(target)
             return dict(self._filesystem.call_s3("head_object", Bucket=bucket, Key=key))
         try:

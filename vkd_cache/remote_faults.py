@@ -10,6 +10,7 @@ _CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "ProfileN
 _PASSING_STATUS = (408, 429)
 _PASSING_CODES = (
     *("RequestTimeout", "SlowDown", "ConditionalRequestConflict", "OperationAborted", "IncompleteBody", "BadDigest"),
+    "NoSuchUpload",  # a put in parts whose last answer was lost: s3fs then takes back what is done already
     *("XAmzContentSHA256Mismatch", "Throttling", "ThrottlingException", "RequestLimitExceeded", "InternalError"),
 )
 # by name, since neither botocore nor aiohttp need be installed: no connection, a broken one, an answer cut short
