@@ -1,7 +1,9 @@
 """Damage of every kind is noticed, and told apart from the harmless leftovers of an interrupted run."""
 
+import dataclasses
 import fcntl
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,23 +11,47 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_samples import make_columns, make_manifest, make_values, replace_unit, unit_file
+from cache_samples import (
+    make_columns,
+    make_detection_columns,
+    make_manifest,
+    make_token_node,
+    make_tokens,
+    make_values,
+    replace_unit,
+    unit_file,
+)
 
 from vkd_cache.cache.check import Finding, check_structure
 from vkd_cache.cache.reader import Cache, open_cache
 from vkd_cache.cache.storage import TEMPORARY
-from vkd_cache.cache.units import unpack_unit
-from vkd_cache.cache.writer import create_cache
+from vkd_cache.cache.units import UnitId, record_path, unpack_unit
+from vkd_cache.cache.writer import CacheWriter, create_cache
+from vkd_cache.cli import main
 from vkd_cache.errors import CacheError, CacheMismatchError, ConfigError, CorruptCacheError
 
 BACKENDS = ("zarr", "webdataset")
 RECORD = "records/view-0000/shard-000000.json"
+HEAD = {"weight": torch.arange(10.0).reshape(2, 5), "bias": torch.zeros(2)}
 
 
 def make_cache(root: Path, backend: str = "zarr", num_rows: int = 7) -> Cache:
-    writer = create_cache(str(root), make_manifest(backend=backend))
+    writer = create_cache(str(root), make_manifest(backend=backend), HEAD)
     broken = [(f"lost/{row}", row, "truncated") for row in range(num_rows, 7)]
     writer.publish(0, 0, make_columns(num_rows, num_ops=1), {"pooled": make_values(num_rows)}, broken)
+    return writer.cache
+
+
+def make_token_cache(root: Path, backend: str = "zarr") -> Cache:
+    node = make_token_node("token_int8", width=2, tokens=0.5)
+    manifest = make_manifest(
+        backend=backend,
+        nodes=(node,),
+        dataset={"kind": "coco", "num_classes": 10, "shard_counts": [2], "shard_hashes": ["a1"]},
+        recipe={"name": "vidt", "geometry": "detection"},
+    )
+    writer = create_cache(str(root), manifest)
+    writer.publish(0, 0, make_detection_columns(2), {"patch_1": make_tokens([(2, 3), (4, 1)], 2, share=0.5)})
     return writer.cache
 
 
@@ -33,59 +59,172 @@ def errors(cache: Cache) -> list[Finding]:
     return [finding for finding in check_structure(cache) if finding.is_error]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_flipped_byte_of_a_unit_is_caught(tmp_path: Path, backend: str) -> None:
-    cache = make_cache(tmp_path, backend, num_rows=2)
+Use = Callable[[Cache], object]
+
+
+Use = Callable[[], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of file: a cache that has one, where, and what training does with it before and until it has numbers."""
+
+    make: Callable[[Path], Cache]
+    file: Callable[[Cache], str]
+    first: Callable[[Cache], Use]
+    whole: Callable[[Cache], Use]
+    step: int = 1  # every how many bytes
+
+
+def as_published(cache: Cache) -> Use:
+    """What reading a unit begins with, before anything in it is looked at."""
     record = cache.record(0, 0)
-    path = tmp_path / record.files[0][0]
+    return lambda: cache.read_file(record)
+
+
+def unit_kind(make: Callable[[Path], Cache], step: int = 1) -> Kind:
+    file = lambda cache: cache.record(0, 0).files[0][0]  # noqa: E731
+    return Kind(make, file, as_published, lambda cache: lambda: cache.read(0, 0), step)
+
+
+def opened(cache: Cache) -> Use:
+    return lambda: open_cache(cache.url)
+
+
+KINDS = {
+    "manifest": Kind(make_cache, lambda _: "manifest.json", opened, opened),
+    "record": Kind(
+        make_cache, lambda _: RECORD, lambda cache: lambda: cache.record(0, 0), lambda cache: lambda: cache.read(0, 0)
+    ),
+    "head": Kind(make_cache, lambda cache: cache.manifest.head["file"], *[lambda cache: cache.head] * 2),
+    "zip of a unit": unit_kind(lambda root: make_cache(root, "zarr", num_rows=1)),
+    "tar of a unit": unit_kind(lambda root: make_cache(root, "webdataset", num_rows=1)),
+    "zip of tokens": unit_kind(make_token_cache, step=7),
+    "tar of tokens": unit_kind(lambda root: make_token_cache(root, "webdataset"), step=7),
+}
+
+
+def refused(use: Use) -> str:
+    try:
+        use()
+    except CacheError as error:
+        return str(error)
+    raise AssertionError("damage that nobody noticed")
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+def test_every_flip_and_every_length_is_noticed(tmp_path: Path, kind: Kind) -> None:
+    """By training before it has a number, and by `verify`, which names this file and no other."""
+    cache = kind.make(tmp_path)
+    name, first, whole = kind.file(cache), kind.first(cache), kind.whole(cache)
+    path = tmp_path / name
     good = path.read_bytes()
+    cases = 0
+
+    def case(*, is_sample: bool) -> None:
+        nonlocal cases
+        cases += 1
+        assert name in refused(first)
+        if is_sample:
+            assert name in refused(whole)
+            if name != "manifest.json":  # without it there is nothing to check
+                assert {finding.where for finding in errors(cache)} == {name}
+
     with path.open("r+b") as file:
-        for place, byte in enumerate(good):
-            os.pwrite(file.fileno(), bytes([byte ^ 1 << place % 8]), place)
-            with pytest.raises(CorruptCacheError):
-                cache.read_file(record)  # what read() begins with
-            if place % 100 == 0:
-                with pytest.raises(CorruptCacheError, match=r"found checksum .* the record says .* Delete its record"):
-                    cache.read(0, 0)
-                assert errors(cache)
-            os.pwrite(file.fileno(), bytes([byte]), place)
-    assert errors(cache) == []
-    for bad_size in (good[:-1], good + b"\0", b""):
-        path.write_bytes(bad_size)
-        with pytest.raises(CorruptCacheError, match="bytes, the record says"):
-            cache.read(0, 0, verify=False)
+        for place in range(0, len(good), kind.step):
+            for number, mask in enumerate((0xFF, 1 << place % 8)):
+                os.pwrite(file.fileno(), bytes([good[place] ^ mask]), place)
+                case(is_sample=place % 211 == number)
+            os.pwrite(file.fileno(), good[place : place + 1], place)
+        for length in reversed(range(0, len(good), kind.step)):
+            file.truncate(length)
+            case(is_sample=length % 311 == 0)
+    for start in range(0, len(good), 512):
+        for hole in (b"\0" * 512, b"\xff" * 512, good[:512]):
+            data = (good[:start] + hole + good[start + 512 :])[: len(good)]
+            if data != good:
+                path.write_bytes(data)
+                case(is_sample=start % 4096 == 0)
+    for tail in (b"\0", b"\n", good):
+        path.write_bytes(good + tail)
+        case(is_sample=True)
+    assert cases > 3 * len(good) // kind.step
     path.unlink()
-    with pytest.raises(CorruptCacheError, match="missing"):
-        cache.read(0, 0)
+    assert str(tmp_path) in refused(whole)
     path.write_bytes(good)
+    whole()
     assert errors(cache) == []
 
 
-def test_every_flipped_bit_of_a_record_is_caught(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path, num_rows=6)
-    path = tmp_path / RECORD
-    good = path.read_bytes()
-    with path.open("r+b") as file:
-        for place, byte in enumerate(good):
-            for bit in range(8):
-                os.pwrite(file.fileno(), bytes([byte ^ 1 << bit]), place)
-                with pytest.raises(CacheError):
-                    cache.read(0, 0)
-            os.pwrite(file.fileno(), bytes([byte]), place)
-    assert errors(cache) == []
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_files_that_changed_places_are_noticed(tmp_path: Path, backend: str) -> None:
+    """Two units' files, or records, of one cache, and those of another cache."""
+    ours, other = (create_cache(str(tmp_path / name), make_manifest(backend=backend, seed=seed), HEAD).cache
+                   for seed, name in enumerate(("ours", "other")))  # fmt: skip
+    for cache in (ours, other):
+        for shard in range(3):
+            values = make_values(7, seed=shard + 10 * cache.manifest.seed)
+            CacheWriter(cache.storage, cache.manifest).publish(shard, 0, make_columns(7), {"pooled": values})
+    files = [unit_file(tmp_path / "ours", shard) for shard in range(3)]
+    records = [tmp_path / "ours" / record_path(UnitId(shard, 0)) for shard in range(3)]
+    for pair in (files[:2], records[:2]):
+        _swap(*pair)
+        wrong = errors(ours)
+        assert len(wrong) == 2
+        assert {finding.where for finding in wrong} == {str(path.relative_to(tmp_path / "ours")) for path in pair}
+        for shard in range(2):
+            refused(lambda shard=shard: ours.read(shard, 0))
+        ours.read(2, 0)
+        _swap(*pair)
+    assert errors(ours) == []
+    for path in (files[0], records[0]):
+        mine = path.read_bytes()
+        theirs = tmp_path / "other" / path.relative_to(tmp_path / "ours")
+        path.write_bytes((theirs if theirs.exists() else unit_file(tmp_path / "other", 0)).read_bytes())
+        (finding,) = errors(ours)
+        assert finding.where == str(path.relative_to(tmp_path / "ours"))
+        refused(lambda: ours.read(0, 0))
+        path.write_bytes(mine)
+    (tmp_path / "ours/manifest.json").write_bytes((tmp_path / "other/manifest.json").read_bytes())
+    assert len(errors(open_cache(ours.url))) == 3
+    refused(lambda: open_cache(ours.url).read(0, 0))
 
 
-def test_every_flipped_byte_of_a_manifest_is_caught(tmp_path: Path) -> None:
-    make_cache(tmp_path)
-    path = tmp_path / "manifest.json"
-    good = path.read_bytes()
-    with path.open("r+b") as file:
-        for place, byte in enumerate(good):
-            os.pwrite(file.fileno(), bytes([byte ^ 1 << place % 8]), place)
-            with pytest.raises(CacheError):
-                open_cache(str(tmp_path))
-            os.pwrite(file.fileno(), bytes([byte]), place)
-    assert open_cache(str(tmp_path)).units == ((0, 0),)
+def _swap(one: Path, two: Path) -> None:
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+
+
+@pytest.mark.parametrize("kind", ["unit", "record", "head", "manifest"])
+def test_the_commands_say_so(
+    kind: str, small_cache: Path, digits_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = shutil.copytree(small_cache, tmp_path / "cache")
+    path = {
+        "unit": unit_file(cache, 2, 0),
+        "record": cache / "records/view-0000/shard-000002.json",
+        "head": next(cache.glob("head-*")),
+        "manifest": cache / "manifest.json",
+    }[kind]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(SystemExit) as done:
+        main(["verify", str(cache)])
+    said = capsys.readouterr()
+    assert done.value.code == (1 if kind == "manifest" else 3)
+    assert path.name in (said.err if kind == "manifest" else said.out)
+    output = tmp_path / "run"
+    arguments = ["--source", digits_tree, "--cache", cache, "--student", "test_vit", "--output", output]
+    options = ["--batch-size", "16", "--epochs", "1", "--workers", "0", "--device", "cpu"]
+    with pytest.raises(SystemExit) as done:
+        main(["train", *map(str, arguments), *options])
+    said = capsys.readouterr()
+    assert done.value.code == 1
+    (message,) = (line for line in said.err.splitlines() if line.startswith("Error: "))
+    assert str(path) in message
+    assert "Traceback" not in said.err
 
 
 def test_units_of_another_cache_are_refused(tmp_path: Path) -> None:
@@ -116,7 +255,7 @@ def test_leftovers_are_no_errors(tmp_path: Path) -> None:
             "notes.txt",
             "units/view-0000/shard-000001.zip",
         ]
-        create_cache(str(tmp_path), cache.manifest)  # cleans up what is dead, and only that
+        create_cache(str(tmp_path), cache.manifest, HEAD)  # cleans up what is dead, and only that
         assert [path.name for path in (tmp_path / TEMPORARY).iterdir()] == ["live.tmp"]
     assert cache.published() == {0: frozenset({0})}
 
