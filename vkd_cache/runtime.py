@@ -4,6 +4,7 @@ The only module that reads the environment, and the only one that knows about to
 """
 
 import dataclasses
+import errno
 import os
 import platform
 import secrets
@@ -13,6 +14,9 @@ from pathlib import Path
 
 from vkd_cache import __version__
 from vkd_cache.errors import ConfigError
+
+# What a file system says of something that it cannot do at all.
+LACKING = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EMLINK, errno.ENOLCK}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,7 +200,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_file(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:  # a full disk, say: writing names no file by itself
@@ -205,10 +209,28 @@ def write_atomic(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
+def replace_file(temporary: Path, target: Path) -> None:
+    """Rename a finished file to `target`, over what is there.
+
+    Some network file systems rename over nothing. There the old file is removed first: a crash in between leaves the
+    new one under its temporary name.
+    """
+    try:
+        temporary.replace(target)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.EACCES, errno.EPERM, errno.EBUSY) or not target.is_file():
+            raise
+        target.unlink()
+        temporary.replace(target)
+
+
 def sync_directory(directory: Path) -> None:
-    """Make a rename in `directory` survive a power cut."""
+    """Make a rename in `directory` survive a power cut, where its file system syncs more than files."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise
     finally:
         os.close(handle)

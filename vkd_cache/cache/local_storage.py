@@ -17,11 +17,9 @@ from pathlib import Path
 
 from vkd_cache.cache.storage import TEMPORARY
 from vkd_cache.errors import CacheError, CorruptCacheError
-from vkd_cache.runtime import sync_directory
+from vkd_cache.runtime import LACKING, replace_file, sync_directory
 
 _ATTEMPTS = 100
-# What a file system says of something that it cannot do at all.
-_LACKING = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EMLINK, errno.ENOLCK}
 # A file that must be there is looked for again after these times: NFS may hide a new one for a while. A cache that has
 # lost many files is not waited for at each: after so many waits, no more.
 _LOOK_AGAIN_S = (0.0, 0.05, 0.2, 1.0)
@@ -44,7 +42,7 @@ class LocalStorage:
             handle, temporary = self._open_temporary()
             try:
                 _write_all(handle, data)
-                (_create if exclusive else _replace)(temporary, target)
+                (_create if exclusive else replace_file)(temporary, target)
             except FileNotFoundError:
                 continue  # another writer took our file for a dead one's, between its creation and our lock
             except BaseException:
@@ -52,7 +50,7 @@ class LocalStorage:
                 raise
             finally:
                 os.close(handle)
-            _sync(target.parent)
+            sync_directory(target.parent)
             return
         raise CacheError(f"{target}: could not be written: its temporary file was removed {_ATTEMPTS} times.")
 
@@ -129,7 +127,7 @@ class LocalStorage:
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno in _LACKING:
+            if error.errno in LACKING:
                 return False  # a file system without locks: better a stray file than a living writer's
             raise
         finally:
@@ -181,7 +179,7 @@ class LocalStorage:
         missing = [directory, *(parent for parent in directory.parents if not parent.exists())]
         directory.mkdir(parents=True, exist_ok=True)
         for made in missing:
-            _sync(made.parent)
+            sync_directory(made.parent)
 
 
 def _umask(folder: Path) -> int:
@@ -197,7 +195,7 @@ def _create(temporary: Path, target: Path) -> None:
         if not target.samefile(temporary):  # else NFS has sent our own request twice
             raise
     except OSError as error:
-        if error.errno not in _LACKING:
+        if error.errno not in LACKING:
             raise
         # Without hard links two first writers may both pass here. Both then read what is there, and what was written
         # for the one that lost carries another fingerprint, which every reader refuses.
@@ -206,26 +204,6 @@ def _create(temporary: Path, target: Path) -> None:
         temporary.replace(target)
         return
     temporary.unlink()
-
-
-def _replace(temporary: Path, target: Path) -> None:
-    try:
-        temporary.replace(target)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.EACCES, errno.EPERM, errno.EBUSY) or not target.is_file():
-            raise
-        # A file system that renames over nothing. Readers see a unit that is not published for a moment, and the old
-        # file of a unit is the same as the new one: its name says so.
-        target.unlink()
-        temporary.replace(target)
-
-
-def _sync(directory: Path) -> None:
-    try:
-        sync_directory(directory)
-    except OSError as error:
-        if error.errno not in _LACKING:  # SMB and some FUSE file systems sync files only
-            raise
 
 
 def _write_all(handle: int, data: bytes) -> None:

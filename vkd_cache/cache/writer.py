@@ -8,7 +8,7 @@ the first.
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -76,6 +76,7 @@ class CacheWriter:
             CacheFormatError: columns or nodes that are not what the manifest and the format say.
             CacheError: values that the node's codec cannot hold.
             FileExistsError: exclusive, and another process has published the unit.
+            CacheError: they cannot be written.
         """
         where = f"shard {shard} of view {view}"
         arrays = {**columns, **self._encode(nodes, where)}
@@ -100,7 +101,7 @@ class CacheWriter:
 
         Raises:
             CacheFormatError: arrays that are not what the manifest and the format say.
-            FileExistsError: as for `publish`.
+            FileExistsError, CacheError: as for `publish`.
         """
         num_samples = check_columns(arrays, self.manifest, f"shard {unit.shard} of view {unit.view}")
         data = pack_unit(arrays, self.manifest)
@@ -115,16 +116,18 @@ class CacheWriter:
             fingerprint=self.cache.fingerprint,
             origin=origin,
         )
-        self._storage.put(path, data)
-        # a file that loses is left lying: a third process with the same bytes may be about to name it in a record
-        self._storage.put(record_path(unit), record.to_bytes(), exclusive=exclusive)
-        if not self._storage.exists(path):  # a repair has just removed a damaged file of the same name (see `repair`)
+        with writing(self.cache.url, f"shard {unit.shard} of view {unit.view}"):
             self._storage.put(path, data)
+            # a file that loses is left lying: a third process with the same bytes may be about to name it in a record
+            self._storage.put(record_path(unit), record.to_bytes(), exclusive=exclusive)
+            if not self._storage.exists(path):  # a repair has just removed a damaged file of that name (see `repair`)
+                self._storage.put(path, data)
         return record
 
     def write_run_log(self, name: str, data: bytes) -> None:
         """Store free-form bytes as `runs/<name>`: what a run was asked for and did. Not part of the cache's content."""
-        self._storage.put(f"runs/{name}", data)
+        with writing(self.cache.url, "the log of the run"):
+            self._storage.put(f"runs/{name}", data)
 
     def _encode(self, nodes: Mapping[str, torch.Tensor | Tokens], where: str) -> dict[str, Array]:
         wanted = [spec.name for spec in self.manifest.nodes]
@@ -171,18 +174,38 @@ def start_cache(url: str, manifest: Manifest, head_file: bytes) -> CacheWriter:
     """`create_cache`, of a manifest whose `head` entry says what is in `head_file`; errors as there."""
     storage = open_storage(url)
     wanted = Manifest.from_json(manifest.to_json(), f"{url}: new manifest")
-    leftovers = storage.prepare()
-    if not storage.exists(MANIFEST_PATH):
-        _refuse_foreign_units(storage, wanted)
-        if wanted.head is not None:
-            storage.put(wanted.head["file"], head_file)
-        with contextlib.suppress(FileExistsError):  # another process was first; what it wrote is compared below
-            storage.put(MANIFEST_PATH, seal(wanted.to_json()), exclusive=True)
+    with writing(storage.url, "a cache"):
+        leftovers = storage.prepare()
+        if not storage.exists(MANIFEST_PATH):
+            _refuse_foreign_units(storage, wanted)
+            if wanted.head is not None:
+                storage.put(wanted.head["file"], head_file)
+            with contextlib.suppress(FileExistsError):  # another process was first; what it wrote is compared below
+                storage.put(MANIFEST_PATH, seal(wanted.to_json()), exclusive=True)
     existing = read_manifest(storage)
     check_same(storage.url, existing, wanted)
     if wanted.head is not None and not storage.exists(wanted.head["file"]):  # lost, or dropped by a repair
-        storage.put(wanted.head["file"], head_file)
+        with writing(storage.url, "the teacher's head"):
+            storage.put(wanted.head["file"], head_file)
     return CacheWriter(storage, existing, leftovers)
+
+
+@contextlib.contextmanager
+def writing(url: str, what: str) -> Iterator[None]:
+    """Say of which cache it is that `what` cannot be written, and what to do; for writing into it.
+
+    Raises:
+        CacheError: in place of an OSError, but for a FileExistsError, which is an answer.
+    """
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise CacheError(
+            f"{url}: {what} cannot be written ({error.strerror or error}). Nothing half-written is left: mend that, "
+            "and run the same command again."
+        ) from error
 
 
 def _refuse_foreign_units(storage: Storage, wanted: Manifest) -> None:

@@ -132,12 +132,6 @@ class ConvertJob:
             except FileExistsError:  # another job was faster
                 self._units_wasted += 1
                 order.lost(unit)
-            except OSError as error:
-                raise CacheError(
-                    f"{self._writer.cache.url}: shard {unit.shard} of view {unit.view} cannot be written "
-                    f"({error.strerror or error}). Nothing half-written is left: mend that, and run the same command "
-                    "again."
-                ) from error
             else:
                 self._units += 1
                 self._samples += record.num_samples

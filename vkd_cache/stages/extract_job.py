@@ -19,7 +19,7 @@ from vkd_cache import console
 from vkd_cache.cache.units import UnitId, record_path
 from vkd_cache.cache.writer import CacheWriter
 from vkd_cache.config import Config
-from vkd_cache.errors import CacheError, SourceError, TeacherError
+from vkd_cache.errors import SourceError, TeacherError
 from vkd_cache.sources import Source, read_ahead
 from vkd_cache.stages.extract_order import UnitOrder
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask
@@ -218,14 +218,11 @@ class ExtractJob:
             record = self._writer.publish(unit.shard, unit.view, columns, nodes, broken, exclusive=True)
         except TeacherError as error:
             self._fail(unit, error)
-        except FileExistsError:  # another job was faster
+        except FileExistsError:  # another job was faster, or something else has a name that the cache needs
+            if not self._writer.cache.is_published(unit):
+                raise
             self._units_wasted += 1
             order.lost(unit)
-        except OSError as error:
-            raise CacheError(
-                f"{self._writer.cache.url}: shard {unit.shard} of view {unit.view} cannot be written "
-                f"({error.strerror or error}). Nothing half-written is left: mend that, and run the same command again."
-            ) from error
         else:
             self._units_published += 1
             self._samples += record.num_samples
