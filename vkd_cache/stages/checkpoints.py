@@ -6,7 +6,6 @@ resolved configuration, so that `eval` can build the student from the file alone
 
 import io
 import re
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ def check_same_run(path: Path, state: dict[str, Any], config: Config, identity: 
             continue
         before = state["config"].get(section, {})
         differences += [
-            f"  [{section}] {name}: {reprlib.repr(before.get(name))} in the checkpoint, {value!r} now"
+            f"  [{section}] {name}: {before.get(name)!r:.200} in the checkpoint, {value!r} now"
             for name, value in fields.items()
             # a checkpoint holds what JSON can: tuples come back as lists
             if name not in FREE_FIELDS.get(section, set()) and _plain(before.get(name)) != _plain(value)
@@ -117,7 +116,7 @@ def check_same_run(path: Path, state: dict[str, Any], config: Config, identity: 
     for name, value in identity.items():
         stored = state["identity"].get(name)
         if stored != value:
-            differences.append(f"  {name}: {reprlib.repr(stored)} in the checkpoint, {value!r} now")
+            differences.append(f"  {name}: {stored!r:.200} in the checkpoint, {value!r} now")
     if differences:
         raise CheckpointError(
             f"{path}: was made by another run:\n" + "\n".join(differences) + "\nContinue with the same "
