@@ -20,7 +20,7 @@ from vkd_cache.cache.codecs import encode_node
 from vkd_cache.cache.documents import seal
 from vkd_cache.cache.reader import MANIFEST_PATH, Cache, read_manifest
 from vkd_cache.cache.schema import Manifest, NodeSpec, UnitRecord, manifest_differences
-from vkd_cache.cache.storage import Storage, open_storage
+from vkd_cache.cache.storage import TEMPORARY, Storage, open_storage
 from vkd_cache.cache.token_codecs import encode_tokens
 from vkd_cache.cache.units import UnitId, check_columns, pack_unit, record_path, unit_path
 from vkd_cache.errors import CacheError, CacheFormatError, CacheMismatchError
@@ -202,9 +202,10 @@ def writing(url: str, what: str) -> Iterator[None]:
     except FileExistsError:
         raise
     except OSError as error:
+        place = f": {error.filename}" if error.filename and TEMPORARY not in str(error.filename) else ""
         raise CacheError(
-            f"{url}: {what} cannot be written ({error.strerror or error}). Nothing half-written is left: mend that, "
-            "and run the same command again."
+            f"{url}: {what} cannot be written ({error.strerror or error}{place}). Nothing half-written is left: mend "
+            "that, and run the same command again."
         ) from error
 
 
