@@ -79,7 +79,7 @@ def test_wrong_values_are_all_named(tmp_path: Path) -> None:
     path.write_text("[views]\nsize_pixel = 3\n[train]\nlr = -1\n")
     message = fails("train", str(path), "--epochs", "0")
     assert f"Error: {path}: [views] unknown key 'size_pixel'; did you mean 'size_px'?" in message
-    assert f"{path}: [train] lr: found -1.0, expected at least 0.0" in message
+    assert f"{path}: [train] lr: found -1.0, expected from 0.0 to 1e+30" in message
     assert "command line: [train] epochs: found 0, expected from 1 to 1000000" in message
     assert "'fp8' is not one of 'off', 'bf16', 'fp16'" in fails("train", "--amp", "fp8")
     assert "'many' is not a valid integer" in fails("train", "--epochs", "many")
