@@ -19,6 +19,8 @@ SEAL = "xxh3_128"
 MAX_DOCUMENT_BYTES = 2**28  # a million shards take a quarter of it
 _DEEPEST = 32  # objects within objects; the format needs five, and a stack has an end
 
+_CURE = "Is this a cache? Then restore the file, or run `vkd-cache verify --repair` on it and do what that says."
+
 _SHORTENED = reprlib.Repr()  # never the whole of what may be a hundred megabytes
 _SHORTENED.maxlevel, _SHORTENED.maxlist, _SHORTENED.maxdict = 3, 12, 12
 _SHORTENED.maxstring = _SHORTENED.maxlong = _SHORTENED.maxother = 80
@@ -51,7 +53,7 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     try:
         body = json.loads(data.decode("ascii"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise CacheFormatError(f"{where}: found bytes that are not JSON ({error}). Is this a cache?") from error
+        raise CacheFormatError(f"{where}: found bytes that are not JSON ({error}). {_CURE}") from error
     if _is_deeper(body, _DEEPEST):
         raise CacheFormatError(f"{where}: found JSON nested more than {_DEEPEST} deep. Is this a cache?")
     if not isinstance(body, dict):
@@ -64,7 +66,7 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     if not intact:
         raise CorruptCacheError(
             f"{where}: changed since it was written: found checksum {_short(found)}, expected {expected!r}. "
-            "Restore the file, or delete it and extract again."
+            f"{_CURE}"
         )
     return body
 
