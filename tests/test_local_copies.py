@@ -174,6 +174,23 @@ def test_killed_while_fetching(tmp_path: Path, same: bool) -> None:
     assert files(tmp_path) == [f"copies/{then.name}", "space.lock"]
 
 
+def test_what_a_dead_process_had_reserved_is_not_inherited(tmp_path: Path) -> None:
+    """Or whoever makes room waits for one who waits for room."""
+    wanted, lock = original(1, 900), tmp_path / "fetching" / original(1, 900).name / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.write_bytes(bytes(900))
+    (lock.parent / "data").write_bytes(bytes(400))
+    with (tmp_path / "space.lock").open("a") as space:
+        fcntl.flock(space, fcntl.LOCK_EX)
+        waiter = threading.Thread(target=read, args=(LocalCopies(tmp_path, 1000), wanted))
+        waiter.start()
+        until = time.monotonic() + 60
+        while lock.stat().st_size or len(files(tmp_path)) > 2:
+            assert time.monotonic() < until
+    waiter.join()
+    assert files(tmp_path) == [f"copies/{wanted.name}", "space.lock"]
+
+
 def test_a_copy_that_is_open_stays_readable(tmp_path: Path) -> None:
     copies, first = LocalCopies(tmp_path, 1000), original(1, 900)
     handle = copies.open(first, lambda target: target.write_bytes(content(first)))

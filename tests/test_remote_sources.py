@@ -115,6 +115,13 @@ def test_the_same_data_set_as_the_local_tars(
     assert proxy.counts["GET"] == 0
 
 
+def test_a_store_that_fails_now_and_then(bucket: str, digits_tars: Path, proxy: FaultProxy, tmp_path: Path) -> None:
+    proxy.rates = {"cut": 0.15, "short": 0.1, "error": 0.1, "lost": 0.1}
+    source = open_source(train_tars(bucket), copies=LocalCopies(tmp_path, 10**8))
+    assert images(source) == images(open_source(str(digits_tars / "train-*.tar")))
+    assert sum(proxy.injected.values()) > 3
+
+
 def test_a_kept_index_that_is_damaged_is_made_again(bucket: str, s3_environment: S3Server, tmp_path: Path) -> None:
     copies = LocalCopies(tmp_path, 10**8)
     before = source_identity(open_source(train_tars(bucket), copies=copies))

@@ -100,9 +100,10 @@ class LocalCopies:
         with self._own_errors():
             try:
                 data = path.read_bytes()
-                _touch(path)
             except FileNotFoundError:
                 return None
+            with contextlib.suppress(FileNotFoundError):
+                _touch(path)
         return data
 
     def room_bytes(self) -> int:
@@ -158,8 +159,8 @@ class LocalCopies:
                     )
                 os.fsync(handle)  # or a power cut leaves a whole copy of zeros
                 target.parent.mkdir(exist_ok=True)
+                _touch(data)  # from the next line on, others may remove it
                 data.rename(target)
-                _touch(target)
             except BaseException:
                 os.close(handle)
                 raise
@@ -182,8 +183,9 @@ class LocalCopies:
         fetching = sum(_reserved_bytes(other) for other in (self.folder / "fetching").iterdir() if other != place)
         at_rest = sorted([*_files(self.folder / "copies"), *_files(self.folder / "lasting", _LASTING_NS)])
         excess = fetching + sum(size for _, size, _ in at_rest) + num_bytes - self.max_bytes
-        for _, size, path in at_rest:
-            if excess <= 0:
+        now = time.time_ns()
+        for used, size, path in at_rest:
+            if excess <= 0 or (fetching and used > now):  # rather wait for a copy than lose a document
                 break
             path.unlink(missing_ok=True)
             excess -= size
@@ -245,12 +247,19 @@ def _files(folder: Path, later_ns: int = 0) -> Iterator[tuple[int, int, Path]]:
 
 def _claim(place: Path) -> int | None:
     """Wait until this is the only one that fetches into `place`; None if the place was cleared away meanwhile."""
-    place.mkdir(parents=True, exist_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
     try:
+        place.mkdir(exist_ok=True)
         lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except FileNotFoundError:
+    except (FileNotFoundError, FileExistsError):  # it went while we looked at it
+        if place.is_file():
+            raise
         return None
-    return lock if _locked(place, lock, fcntl.LOCK_EX) else None
+    if not _locked(place, lock, fcntl.LOCK_EX):
+        return None
+    os.ftruncate(lock, 0)  # what a dead process had reserved, or others would wait for us while we wait for them
+    (place / "data").unlink(missing_ok=True)
+    return lock
 
 
 def _locked(place: Path, lock: int, operation: int) -> bool:
