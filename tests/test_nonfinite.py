@@ -277,7 +277,7 @@ def assert_no_bad_checkpoint(output: Path) -> None:
     [
         {},
         {"accumulate": 2, "ema_decay": 0.9, "clip_grad": 1.0},
-        {"amp": "bf16", "workers": 1},
+        {"amp": "bf16"},
     ],
     ids=["plain", "accumulated", "bf16"],
 )
