@@ -1,8 +1,9 @@
 """Watches a job from outside: memory and open files of its main process and of its data workers, as it goes on.
 
 A newcomer's trap: resident memory counts pages that processes share, as those do that are forked from one server, and
-the pages of batches that pass from a worker to the main process. What only one process has is its own to leak: private
-memory (USS), and the operating system says so of every process, in /proc/PID/smaps_rollup.
+the pages of batches that pass from a worker to the main process. What a process can leak is what it alone has written:
+Private_Dirty in /proc/PID/smaps_rollup. (Not the whole USS: the pages of a library become "private" when the last other
+program that uses it ends, whoever started that.)
 """
 
 import contextlib
@@ -22,7 +23,7 @@ class Sample:
     Attributes:
         done: units or steps that the job had behind it.
         seconds: since the job began.
-        private_mib: memory that no other process has.
+        private_mib: memory that it has written and no other process has.
         resident_mib: memory that it has in all, shared pages included.
         files: open file descriptors.
     """
@@ -42,9 +43,12 @@ def look(pid: int, done: int, seconds: float) -> Sample | None:
     except OSError:
         return None
     kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-    private = kib["Private_Clean"] + kib["Private_Dirty"] + kib.get("Private_Hugetlb", 0)
     return Sample(
-        done=done, seconds=round(seconds, 3), private_mib=private / 1024, resident_mib=kib["Rss"] / 1024, files=files
+        done=done,
+        seconds=round(seconds, 3),
+        private_mib=(kib["Private_Dirty"] + kib.get("Private_Hugetlb", 0)) / 1024,
+        resident_mib=kib["Rss"] / 1024,
+        files=files,
     )
 
 
@@ -72,10 +76,10 @@ def watch(
     found: dict[str, list[Sample]] = {"main process": []}
     names = {job.pid: "main process"}
     while job.poll() is None:
-        if len(names) <= workers:
+        done = progress()
+        if done > 0 and len(names) <= workers:
             for pid in data_workers(job.pid)[:workers]:
                 names.setdefault(pid, f"data worker {len(names)}")
-        done = progress()
         for pid, name in names.items():
             sample = look(pid, done, time.monotonic() - started)
             if sample is not None and done > 0:

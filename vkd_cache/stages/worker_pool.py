@@ -7,6 +7,7 @@ For the same reason workers end by themselves, at once, when the main process ha
 """
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import os
@@ -207,6 +208,7 @@ def _work(work: Callable[[Any], Any], line: Connection) -> None:
     # both often go to a whole group of processes, and the main one decides when workers stop: see _signals_held_back
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     torch.set_num_threads(1)
+    gc.freeze()  # or the collector writes to the pages that are shared with the server: a copy of 44 MiB a worker
     tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for target, arguments in ((_take_tasks, (line, tasks)), (_exit_when_told, ())):
         threading.Thread(target=target, args=arguments, daemon=True, name=target.__name__).start()
