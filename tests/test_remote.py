@@ -247,6 +247,30 @@ def test_no_bucket_no_right_and_no_credentials_are_told_apart(
     assert time.monotonic() - started < 60
 
 
+@pytest.mark.parametrize(
+    ("settings", "configured", "message"),
+    [
+        ({"AWS_ENDPOINT_URL": "no-url"}, {}, "Invalid endpoint: no-url"),
+        ({"AWS_PROFILE": "nobodys"}, {}, "nobodys"),
+        ({}, {"no_such_option": 1}, "no_such_option"),
+        ({}, {"config_kwargs": {"no_such_option": 1}}, "no_such_option"),
+        ({}, {"key": "a", "username": "b"}, "Supply either key or username"),
+    ],
+)
+def test_settings_that_make_no_sense_are_one_message(
+    s3_environment: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, str],
+    configured: dict[str, object],
+    message: str,
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(fsspec.config.conf, "s3", configured)
+    with pytest.raises((StorageError, PermissionError), match=f"^s3://bucket/x/y: .*{message}.*Check"):
+        open_remote("s3://bucket/x").read("y")
+
+
 def test_files_travel_to_other_processes(files: RemoteFiles) -> None:
     files.put("a", b"1")
     assert SECRET.encode() not in pickle.dumps(files)

@@ -14,7 +14,7 @@ from conftest import SHARD_SIZE, SIDE_PX
 from extract_jobs import contents
 from fault_proxy import FAULTS, FaultProxy
 from remote_jobs import remote_contents, start_extract
-from s3_server import NOBODY, SECRET, S3Server, environment, free_port
+from s3_server import ACCESS_KEY, NOBODY, SECRET, S3Server, environment, free_port
 from train_runs import log, pipeline, run_cli, same_value
 
 from vkd_cache import remote
@@ -77,6 +77,10 @@ def test_workers_at_once_behind_a_lossy_network_make_the_cache_that_a_folder_hol
     assert [process.exitcode for process in processes] == [0] * 3, (tmp_path / "said").read_text()
     assert remote_contents(s3_environment, url) == contents(small_cache)
     assert len(proxy.injected) > 2
+    everything = s3_environment.objects(url.removeprefix("s3://").partition("/")[0])
+    assert sum("/runs/" in path for path in everything) == 3
+    written = [*everything.values(), (tmp_path / "said").read_bytes()]
+    assert not [data for data in written if SECRET.encode() in data or ACCESS_KEY.encode() in data]
 
 
 def test_killed_and_resumed_it_is_the_same_cache(
@@ -179,14 +183,15 @@ def test_verify_finds_what_changed_and_extract_redoes_it(
     proxy.rates = A_FEW_OF_EACH
     config = tiny_config(cache={"url": url}, views={"count": "2"})
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    unit, record = open_cache(url).record(1, 0).files[0][0], "records/view-0000/shard-000001.json"
+    unit = open_cache(url).record(1, 0).files[0][0]
     damaged = bytearray(contents(small_cache)[unit])
     damaged[len(damaged) // 2] ^= 1
     s3_environment.client.put_object(Bucket=bucket, Key=f"{prefix}/{unit}", Body=bytes(damaged))
     report = verify(config, VerifyRequest(url=url))
     assert report.exit_code == 3
     assert f"{url}/{unit}" in json.dumps(report.to_json())
-    s3_environment.client.delete_object(Bucket=bucket, Key=f"{prefix}/{record}")
+    verify(config, VerifyRequest(url=url, repair=True))
+    assert len(open_cache(url).units) == NUM_UNITS - 1
     assert extract(config, JobSplit()).units_published == 1
     assert remote_contents(s3_environment, url) == contents(small_cache)
 

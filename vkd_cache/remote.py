@@ -305,9 +305,10 @@ class RemoteFiles:
                 f"{name}: the store refuses: {said_by(error)}. Check the credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID, "
                 "AWS_SECRET_ACCESS_KEY) and that they may list the bucket and read, write and delete below the URL."
             ) from error
-        if isinstance(error, (OSError, ValueError)) or type(error).__module__.startswith(("botocore", "aiohttp")):
+        settings = (OSError, ValueError, TypeError, KeyError)  # the last two: options in fsspec's configuration
+        if isinstance(error, settings) or type(error).__module__.startswith(("botocore", "aiohttp")):
             raise StorageError(
-                f"{name}: {said_by(error)}. Check the URL and the endpoint (AWS_ENDPOINT_URL)."
+                f"{name}: {said_by(error)}. Check the URL, the endpoint (AWS_ENDPOINT_URL) and fsspec's configuration."
             ) from error
         raise error
 
