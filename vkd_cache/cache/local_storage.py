@@ -103,10 +103,12 @@ class LocalStorage:
     def prepare(self) -> list[str]:
         """See `Storage.prepare`."""
         self._make_directory(self.root / TEMPORARY)
-        abandoned = self.abandoned()
-        for path in abandoned:
-            self.delete(path)
-        return abandoned
+        removed = []
+        for path in self.abandoned():
+            with contextlib.suppress(FileNotFoundError):  # a job that starts at the same time removes, and counts, some
+                self._place(path).unlink()
+                removed.append(path)
+        return removed
 
     def abandoned(self) -> list[str]:
         """See `Storage.abandoned`. A living writer holds a lock on its file."""

@@ -8,6 +8,7 @@ on one cache: each takes every N-th unit. Jobs that take the same units are safe
 
 import dataclasses
 import json
+import os
 import time
 from datetime import UTC, datetime
 
@@ -63,7 +64,8 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
     writer = create_cache(config.cache.url, plan.manifest(existing), teacher.head_tensors())
     todo = _unpublished(writer.cache, units)
     _warn_of_batch_size(writer.manifest, run)
-    log_name = f"extract-{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{split.index}of{split.count}.json"
+    # the process too: jobs that are started together begin within a microsecond
+    log_name = f"extract-{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{os.getpid()}-{split.index}of{split.count}.json"
     if writer.leftovers:
         console.say(f"extract: removed {_counted(len(writer.leftovers), 'leftover')} of killed writers")
     _write_run_log(log_name, writer, config, split, None)
