@@ -224,7 +224,7 @@ class TrainConfig:
     resume: str = option("", "auto, or a checkpoint to continue from")
     live_teacher: bool = option(False, "run the teacher in memory instead of reading its cached features")
     open_shards: int = option(8, "shards shuffled together", minimum=1, maximum=_MAX_BATCH)
-    digest_check: float = option(0.1, "share of replayed views whose digest is checked", minimum=0.0, maximum=1.0)
+    digest_check: float = option(1.0, "share of replayed views whose digest is checked", minimum=0.0, maximum=1.0)
     log_every: int = option(10, "optimizer steps between log lines", minimum=1)
     checkpoint_every: int = option(0, "optimizer steps between checkpoints; 0: once an epoch", minimum=0)
     eval_every: int = option(1, "epochs between evaluations; 0: only at the end", minimum=0)

@@ -21,9 +21,10 @@ from torch import Tensor
 from vkd_cache import console
 from vkd_cache.cache.reader import Cache
 from vkd_cache.config import Config, config_to_json
-from vkd_cache.errors import CacheMismatchError, ConfigError
+from vkd_cache.errors import ConfigError
 from vkd_cache.optim import cosine_lr
 from vkd_cache.runtime import JobSplit, hardware, library_versions, write_atomic
+from vkd_cache.stages.drift import say_other_numerics
 from vkd_cache.stages.feed import FedBatch
 from vkd_cache.stages.journal import draw_curves
 from vkd_cache.stages.learner import Learner, step_seed
@@ -32,8 +33,6 @@ from vkd_cache.stages.run import Run, prepare_run
 from vkd_cache.stages.standing import LossWindow
 from vkd_cache.stages.supply import Supply
 from vkd_cache.stages.transfer import ahead_on_device
-
-_SAME_TEACHER = ("weights_sha256", "input_px", "mean", "std", "interpolation")  # what makes it one function
 
 # largest relative gap of a loss term at any step, by codec (the contract's targets)
 BOUNDS = {"float32": 1e-3, "float16": 1e-3, "bfloat16": 5e-3, "sqrt_uint8": 5e-3, "token_int8": 5e-3}
@@ -114,7 +113,7 @@ def compare(config: Config, *, steps: int) -> CompareReport:
             "[loss] feature_weight and logit_weight are 0: no teacher to compare (detectors have no logit loss)."
         )
     cached, live = run.supply(live=False), run.supply(live=True)
-    _check_teacher(run.cached, live)
+    say_other_numerics(run.cached, live)
     lockstep, gradient, cosine = _lockstep(run, cached, live, steps)
     stored = [run.cached.manifest.node(name) for name in cached.nodes]
     report = CompareReport(
@@ -131,32 +130,6 @@ def compare(config: Config, *, steps: int) -> CompareReport:
     verdict = "within" if report.within_bound else "NOT within"
     console.say(f"compare: every loss is {verdict} {report.bound:g} of the live teacher's at every step")
     return report
-
-
-def _check_teacher(cache: Cache, live: Supply) -> None:
-    """Refuse a live teacher that is not the cached one, and say where it is run otherwise.
-
-    The first gap would say nothing about the cache; the second is one that a live run would have.
-    """
-    manifest = cache.manifest
-    here, there = live.identity or {}, manifest.teacher
-    differing = [name for name in _SAME_TEACHER if here.get(name) != there.get(name)]
-    if differing:
-        shown = "; ".join(f"{name} {there.get(name)!r} there, {here[name]!r} here" for name in differing)
-        raise CacheMismatchError(
-            f"{cache.url}: was made with teacher '{there.get('name')}', this run asks for '{here['name']}': {shown}. "
-            "Use the cached one, its --teacher-weights and its [teacher] input_px."
-        )
-    numerics = [
-        f"{name} {manifest.numerics.get(name)!r} there, {value!r} here"
-        for name, value in live.numerics.items()
-        if name != "batch_size" and value != manifest.numerics.get(name)
-    ]
-    if numerics:
-        console.warn(
-            f"{cache.url}: its teacher was run otherwise than the live one ({'; '.join(numerics)}): a part of every "
-            "gap is theirs, not the cache's. Set [extract] as it was to measure the cache alone."
-        )
 
 
 def _batches(run: Run, nodes_of: Supply, steps: int) -> Iterator[tuple[int, FedBatch, Tensor]]:

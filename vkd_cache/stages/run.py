@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +12,13 @@ import torch
 from vkd_cache import console
 from vkd_cache.cache.reader import Cache, find_cache, open_cache
 from vkd_cache.config import Config, LossConfig, ViewsConfig, parse_view_range
-from vkd_cache.errors import CacheMismatchError, ConfigError, IncompleteCacheError
+from vkd_cache.errors import ConfigError, IncompleteCacheError
 from vkd_cache.normalisation import Whitening
 from vkd_cache.runtime import JobSplit, expand_home
 from vkd_cache.sources import Source, is_detection, open_source, source_identity, validation_beside
 from vkd_cache.stages.classification_task import ClassificationTask
 from vkd_cache.stages.copying import copies_of
+from vkd_cache.stages.drift import check_same_source, check_same_teacher, say_other_settings
 from vkd_cache.stages.feed import Feed, Schedule
 from vkd_cache.stages.learner import Learner
 from vkd_cache.stages.ranks import take_device
@@ -73,6 +73,7 @@ class Run:
 
         Raises:
             ConfigError: there is no teacher of that kind, or its logits are of other classes than the student's.
+            CacheMismatchError: a live teacher beside the cache of another one.
         """
         if not self.distils:
             return NoTeacher()
@@ -81,8 +82,12 @@ class Run:
                 "[loss] feature_weight and logit_weight ask for a teacher: give --cache, or --live-teacher, or train "
                 "without distillation (--plain, or both weights 0)."
             )
-        if is_detection(self.source):
-            return self._token_supply(live=live)
+        supply = self._token_supply(live=live) if is_detection(self.source) else self._supply(live=live)
+        if live and self.cache is not None:
+            check_same_teacher(self.cache, supply)
+        return supply
+
+    def _supply(self, *, live: bool) -> Supply:
         loss = self.config.loss
         supply: Supply
         if live:
@@ -204,6 +209,8 @@ def prepare_run(config: Config, split: JobSplit) -> Run:
         views: Views = PlannedViews(source, recipe, config.views.seed, list(planned))
     else:
         check_same_source(cache, source)
+        if split.index == 0:
+            say_other_settings(cache, config)
         recipe = Recipe.from_json(cache.manifest.recipe)
         config = dataclasses.replace(config, views=_views_of(cache, recipe))
         views = CachedViews(cache, source, complete_views(cache, len(source.shards), warn=split.index == 0))
@@ -335,31 +342,6 @@ def _open_val(config: Config) -> Source | None:
     if not spec:
         return None
     return open_source(spec, split="val", shard_size=config.source.shard_size, copies=copies_of(config.source))
-
-
-def check_same_source(cache: Cache, source: Source) -> None:
-    """Refuse a source that is not the one the cache was made from.
-
-    Raises:
-        CacheMismatchError: what differs, with both values.
-    """
-    ours, theirs = source_identity(source).to_json(), cache.manifest.dataset
-    for name, value in ours.items():
-        stored = theirs.get(name)
-        if stored == value:
-            continue
-        if isinstance(value, list):
-            pairs = list(itertools.zip_longest(value, stored or []))
-            differing = [shard for shard, (here, there) in enumerate(pairs) if here != there]
-            found = f"{len(differing)} of {len(pairs)} shards differ, the first is shard {differing[0]}"
-        else:
-            found = f"{value!r} here, {stored!r} there"
-        raise CacheMismatchError(
-            f"{cache.url}: was made from another data set than {source.location}: {name}: {found}. "
-            f"{'Keys, image sizes, boxes and categories count. ' if is_detection(source) else ''}Use the "
-            f"{'images and annotation file' if is_detection(source) else 'source'} that the cache was extracted from, "
-            "or extract a new cache."
-        )
 
 
 def complete_views(cache: Cache, num_shards: int, *, warn: bool = True) -> list[int]:
