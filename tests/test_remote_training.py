@@ -73,7 +73,7 @@ def test_units_of_a_remote_cache_are_fetched_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two epochs, then every unit, over two views of five shards: ten requests, and the same run as from a local cache."""
+    """Two epochs, then every unit, of two views of five shards: ten requests, and the run of a local cache."""
     s3_environment.make_bucket("once")
     s3_environment.upload(small_cache, "once", "cache")
     remote = {"url": "s3://once/cache"}
