@@ -144,6 +144,12 @@ def test_the_commands(small_cache: Path, tmp_path: Path, digits_tree: Path, teac
         cache={"url": str(cache), "dtype": "float16"},
         extract={"batch_size": 16, "workers": 0, "device": "cpu"},
     )
+    student = ["--student", "test_vit", "--output", str(tmp_path / "student"), "--batch-size", "16", "--epochs", "2"]
+    refused = run_cli(["train", settings, *student, "--workers", "0", "--device", "cpu"])
+    assert refused.returncode == 1
+    assert f"Error: {unit_file(cache, *VICTIM)}: found checksum" in refused.stderr
+    assert "`vkd-cache verify --repair`" in refused.stderr
+    assert "Traceback" not in refused.stderr
     done = run_cli(["verify", settings, "--repair", "--json"])
     document = json.loads(done.stdout)
     assert done.returncode == 3, done.stderr
@@ -386,3 +392,20 @@ def test_rows_that_contradict_each_other_are_dropped_too(tmp_path: Path) -> None
     report = repair(tmp_path)
     assert [entry.where for entry in report.repaired] == [record_path(FIRST), record_path(UnitId(5, 0))]
     assert writer.cache.units == (UnitId(1, 0),)
+
+
+def test_a_cache_behind_a_url(tmp_path: Path) -> None:
+    """No files, no locks, no leftovers: objects that are put and deleted."""
+    writer = create_cache(f"memory://{tmp_path.name}/cache", make_manifest())
+    for shard in range(3):
+        writer.publish(shard, 0, make_columns(7), {"pooled": make_values(7)})
+    cache = writer.cache
+    path = cache.record(1, 0).files[0][0]
+    good, record = cache.storage.get(path), cache.storage.get(record_path(UnitId(1, 0)))
+    cache.storage.put(path, good[:-1] + b"\1")
+    report = repair(cache.url)
+    assert [entry.where for entry in report.repaired] == [record_path(UnitId(1, 0))]
+    assert not cache.storage.exists(path)
+    assert repair(cache.url).exit_code == 0
+    writer.publish(1, 0, make_columns(7), {"pooled": make_values(7)})
+    assert (cache.storage.get(path), cache.storage.get(record_path(UnitId(1, 0)))) == (good, record)
