@@ -6,6 +6,7 @@ now and then, and `set_quiet` (ranks above 0) silences all but warnings.
 """
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,9 @@ from rich.text import Text
 
 PLAIN_INTERVAL_S = 5.0
 _TABLE_WIDTH = 240  # characters, where there is no terminal to fit into: a table in a log is never folded
+
+# control characters but line ends and tabs, halves of surrogate pairs, and what turns the direction of writing
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 # no console captures a stream: rich looks up sys.stdout and sys.stderr at each line
 _messages = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -160,15 +164,20 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+def plain(text: str) -> str:
+    """`text` without what a terminal would obey, or a stream refuse: both may come in a stranger's names and keys."""
+    return _UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
 def say(text: str) -> None:
     """One line on stderr."""
     if not _quiet:
-        _messages.print(text, soft_wrap=True)
+        _messages.print(plain(text), soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """One line on stderr that a reader should not miss."""
-    _messages.print(f"Warning: {text}", style="yellow", soft_wrap=True)
+    _messages.print(f"Warning: {plain(text)}", style="yellow", soft_wrap=True)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -179,11 +188,11 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     table = Table()
     for position, name in enumerate(columns):
         numeric = all(row[position][:1].isdigit() or row[position][:1] in ("-", "+", "") for row in rows)
-        table.add_column(Text(name), justify="right" if numeric and rows else "left", overflow="fold")
+        table.add_column(Text(plain(name)), justify="right" if numeric and rows else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(plain(cell)) for cell in row))
     if title:
-        results.print(title, style="italic", soft_wrap=True)
+        results.print(plain(title), style="italic", soft_wrap=True)
     results.print(table)
 
 

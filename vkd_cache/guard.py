@@ -57,7 +57,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"Error: {message}", err=True)
+    click.echo(f"Error: {console.plain(message)}", err=True)
     return code
 
 

@@ -1,7 +1,6 @@
 """From what a user writes after `--source` to an opened source."""
 
 import glob
-import itertools
 import os
 import re
 from collections import Counter
@@ -16,13 +15,16 @@ from vkd_cache.runtime import expand_home
 from vkd_cache.sources.coco import CocoSource
 from vkd_cache.sources.findings import first_few
 from vkd_cache.sources.folder import FolderSource, class_folders, image_files
+from vkd_cache.sources.keys import shown
 from vkd_cache.sources.shard import Source
 from vkd_cache.sources.tars import LocalTars, TarSource
 from vkd_cache.urls import check_url, is_remote
 
 _SPLITS = ("train", "val", "test")
 _MAX_TARS = 2**20
-_NUMBERS = re.compile(r"\{(-?\d+)\.\.(-?\d+)[.}]")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?")
+_DEEPEST = 32  # braces within braces
 _COCO_FOLDER = re.compile(r"(train|val)20\d\d")
 
 
@@ -117,24 +119,32 @@ def _check_twice(pattern: str, tars: list[str]) -> None:
 
 def _without_braces(pattern: str) -> list[str]:
     if _num_named(pattern) > _MAX_TARS:
-        raise SourceError(f"{pattern}: names more than {_MAX_TARS} tars. Check the numbers in the braces.")
+        raise SourceError(f"{shown(pattern)}: names more than {_MAX_TARS} tars. Check the braces.")
     try:
-        parts = list(itertools.islice(braceexpand.braceexpand(pattern), _MAX_TARS + 1))
+        return list(braceexpand.braceexpand(pattern))
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{pattern}: braces do not match, expected for example train-{{000..146}}.tar.") from error
-    if len(parts) > _MAX_TARS:
-        raise SourceError(f"{pattern}: names more than {_MAX_TARS} tars. Check the numbers in the braces.")
-    return parts
 
 
 def _num_named(pattern: str) -> int:
-    """How many tars the ranges of numbers in a pattern stand for: braceexpand makes them all, however many."""
-    named = 1
-    for first, last in _NUMBERS.findall(pattern):
-        if max(len(first), len(last)) > 18:
+    """At least as many as the tars that a pattern names: braceexpand makes them all, however many."""
+    named, depth = 1, 0
+    while named <= _MAX_TARS and (groups := _BRACES.findall(pattern)):
+        depth += 1
+        if depth > _DEEPEST:
             return _MAX_TARS + 1
-        named *= abs(int(last) - int(first)) + 1
+        for group in groups:
+            numbers = _NUMBERS.fullmatch(group)
+            far = numbers is not None and max(map(len, numbers.groups())) > 18
+            named *= _MAX_TARS + 1 if far else _num_between(numbers) if numbers else group.count(",") + 1
+            if named > _MAX_TARS:
+                break
+        pattern = _BRACES.sub("", pattern)
     return named
+
+
+def _num_between(numbers: re.Match[str]) -> int:
+    return abs(int(numbers[2]) - int(numbers[1])) + 1
 
 
 def _expand_glob(part: str) -> Iterator[str]:
