@@ -59,7 +59,7 @@ def cli_page() -> str:
         "| 0 | done |",
         "| 1 | error; `compare`: a gap beyond its bound |",
         "| 2 | wrong usage or configuration |",
-        "| 3 | `extract`, `convert`: some units failed; `verify`, `demo`: errors found in the cache, repaired ones included |",
+        "| 3 | `extract`, `convert`: some units failed; `verify`, `demo`: errors in the cache, repaired ones too |",
         "| 130 | interrupted |",
     ]
     lines += ["", "## vkd-cache", "", "```text", help_text(cli, "vkd-cache"), "```"]

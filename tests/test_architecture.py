@@ -162,7 +162,8 @@ OPTIONS = {
     "--live-teacher --no-live-teacher --teacher --teacher-weights --plain --workers --device --dry-run",
     "eval": "--source --checkpoint --student --ema --teacher --teacher-weights --cache --batch-size --workers "
     "--device --output --json",
-    "verify": "--source --pixels --teacher --teacher-name --teacher-weights --sample --repair --workers --device --json",
+    "verify": "--source --pixels --teacher --teacher-name --teacher-weights --sample --repair --workers --device "
+    "--json",
     "convert": "--backend --dtype --block-samples --shard-size --source --views --worker --force --dry-run --json",
     "compare": "--source --cache --student --teacher --teacher-weights --steps --batch-size --device --output --json",
     "demo": "--task --output --short --json",
