@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vkd_cache.cache.check import check_structure
-from vkd_cache.cache.reader import find_cache, open_cache
+from vkd_cache.cache.reader import Cache, find_cache, open_cache
 from vkd_cache.cache.storage import TEMPORARY
 from vkd_cache.cache.units import UnitId, unit_of_record
 from vkd_cache.config import Config, load_config
@@ -256,7 +256,8 @@ def reader(ground: Ground) -> Iterator[Callable[[], int]]:
     def work() -> int:
         os.close(its_end)
         os.set_blocking(hang_up, False)
-        watched, known = Path(), frozenset[UnitId]()
+        watched: Cache | None = None
+        known = frozenset[UnitId]()
         rng = np.random.default_rng(0)
         reads = 0
         while True:
@@ -265,19 +266,18 @@ def reader(ground: Ground) -> Iterator[Callable[[], int]]:
                     report.write_text(json.dumps(reads))
                     return 0
             url = max((ground.folder / "caches").iterdir(), default=Path())
-            cache = find_cache(str(url))
-            if cache is None:
+            time.sleep(0.005)
+            if watched is None or watched.url != str(url):
+                watched, known = find_cache(str(url)), frozenset()
+            if watched is None:
                 continue
-            if watched != url:
-                watched, known = url, frozenset()
-            units = cache.units
+            units = watched.units
             assert known <= set(units), f"published and gone: {known - set(units)}"
             # whatever is new, at once, and again and again one of the others
             for unit in [unit for unit in units if unit not in known or rng.random() < 1 / len(units)]:
-                assert len(cache.read(unit)) == cache.record(*unit).num_samples
+                assert len(watched.read(unit)) == watched.record(*unit).num_samples
                 reads += 1
             known = frozenset(units)
-            time.sleep(0.005)
 
     said = ground.folder / "reader-said"
 
