@@ -90,7 +90,7 @@ def test_killed_and_resumed_it_is_the_same_cache(
     records: list[tuple[str, str]] = []
     for reached in (1, 4):
         process = start_extract(config, tmp_path / "said")
-        wait_until(lambda least=reached: len(put(proxy, "records")) >= least)  # type: ignore[misc]
+        wait_until(lambda least=reached: len(set(put(proxy, "records"))) >= least)  # type: ignore[misc]
         process.kill()
         process.join()
         records = put(proxy, "records")
@@ -99,7 +99,7 @@ def test_killed_and_resumed_it_is_the_same_cache(
     proxy.forget()
     summary = extract(config, JobSplit())
     assert summary.units_skipped + summary.units_published == NUM_UNITS
-    assert 4 <= len(set(records)) <= summary.units_skipped + 1  # the last one's answer may have been lost with us
+    assert 4 <= len(set(records)) <= summary.units_skipped + 2  # each kill may have come before the store had the last
     assert len(put(proxy, "records")) == len(put(proxy, "units")) == summary.units_published
     assert remote_contents(s3_environment, url) == contents(small_cache)
     assert extract(config, JobSplit()).units_skipped == NUM_UNITS
