@@ -85,7 +85,7 @@ class CocoSource:
         """The encoded image of sample `row` of shard `shard`; see `Source`."""
         sample = self._packed.sample(shard, row)
         name = self._names[slice(*self._name_ends[sample : sample + 2].tolist())]
-        return read_image(Path(self._folder, name.decode("utf-8")), self.location)
+        return read_image(f"{self._folder}/{name.decode('utf-8')}", self.location)
 
     def image_size(self, shard: int, row: int) -> tuple[int, int]:
         """(width, height) in pixels, as the annotation file states it.

@@ -85,7 +85,7 @@ class FolderSource:
         """The encoded image of sample `row` of shard `shard`; see `Source`."""
         suffix = self._suffixes[self._suffix_ids[self._packed.sample(shard, row)]]
         key = self.shards[shard].keys[row]
-        return read_image(Path(f"{self._root}/{key}{suffix}"), self.location)
+        return read_image(f"{self._root}/{key}{suffix}", self.location)
 
     def _scan(self, root: Path, folders: Sequence[str], names: Sequence[str]) -> "_Columns":
         findings = Findings(str(root))
@@ -136,7 +136,7 @@ class FolderSource:
 _Columns = tuple[list[bytes], "array[int]", list[str]]
 
 
-def read_image(path: Path, location: str) -> bytes:
+def read_image(path: str, location: str) -> bytes:
     """The bytes of a file that was there when `location` was scanned.
 
     Raises:
@@ -144,7 +144,8 @@ def read_image(path: Path, location: str) -> bytes:
         BrokenImageError: it is far too large to be an image.
     """
     try:
-        with path.open("rb", buffering=0) as file:
+        # no Path: each interns the names in it, and millions of them swell the interpreter's table of such strings
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
             check_image_bytes(os.fstat(file.fileno()).st_size)
             return file.readall()
     except OSError as error:
