@@ -25,6 +25,7 @@ FINGERPRINTED_VERSIONS = ("libjpeg", "pillow", "timm", "torch")
 
 # Far beyond any network, small enough that a hostile manifest cannot ask for absurd memory.
 MAX_ELEMENTS = 2**28
+MAX_WIDTHS = {"pooled": 2**16, "tokens": 2**16, "logits": 2**20}  # a student has a projector as wide as its teacher
 MAX_BLOCK_SAMPLES = 2**20
 MAX_SHARDS = 2**20
 NODE_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -103,8 +104,9 @@ class NodeSpec:
         layout = fields.text("layout", LAYOUTS)
         shape = fields.wholes("shape", 1, MAX_ELEMENTS)
         num_axes = 3 if layout == "feature_map" else 1
-        if len(shape) != num_axes or math.prod(shape) > MAX_ELEMENTS:
-            raise fields.refuse("shape", f"{num_axes} sizes with a product of at most {MAX_ELEMENTS}")
+        most = MAX_WIDTHS.get(layout, MAX_ELEMENTS)
+        if len(shape) != num_axes or math.prod(shape) > most:
+            raise fields.refuse("shape", f"{num_axes} sizes with a product of at most {most}")
         measured = fields.object("measured") if "measured" in fields.body else {}
         if not all(isinstance(value, (int, float)) for value in measured.values()):
             raise fields.refuse("measured", "numbers by name")

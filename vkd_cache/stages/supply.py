@@ -85,7 +85,7 @@ class CachedTeacher:
 
     def __init__(self, cache: Cache, loss: LossConfig, device: torch.device) -> None:
         self.numerics: dict[str, Any] = {}
-        specs = {node.name: node for node in cache.manifest.nodes}
+        specs = {node.name: node for node in cache.manifest.nodes if node.layout == node.name}  # vectors of their kind
         self._device = device
         self._features_used = loss.feature_weight > 0
         logits_used, logits_stored = loss.logit_weight > 0, "logits" in specs

@@ -35,7 +35,12 @@ class CachedTokens:
                 f"{cache.url}: holds the nodes {', '.join(specs)}; a detector learns from tokens: {', '.join(NODES)}. "
                 "Extract a cache of this source with a detector as teacher, or set [loss] feature_weight = 0."
             )
-        self.width: int | None = specs[self.nodes[0]].shape[0]
+        widths = {name: specs[name].shape[0] for name in self.nodes}
+        if len(set(widths.values())) > 1:
+            raise CacheMismatchError(
+                f"{cache.url}: holds tokens of different widths, {widths}; a detector's all have one. Extract it again."
+            )
+        self.width: int | None = widths[self.nodes[0]]
         self.numerics: dict[str, Any] = {}
         self._device = device
 

@@ -20,7 +20,7 @@ from vkd_cache.cache.documents import Fields
 from vkd_cache.cache.reader import MANIFEST_PATH, Cache, Unit
 from vkd_cache.cache.units import UnitId, record_path
 from vkd_cache.config import MAX_CLASSES, MAX_SIDE_PX, Config, ExtractConfig, TeacherConfig
-from vkd_cache.errors import CorruptCacheError, TeacherError
+from vkd_cache.errors import TeacherError
 from vkd_cache.sources import Source
 from vkd_cache.stages.ranks import take_device
 from vkd_cache.stages.rendering import Renderer, RenderTask, render_loader
@@ -70,7 +70,7 @@ def check_teacher(
         return
     recipe = Recipe.from_json(cache.manifest.recipe)
     under_way: deque[list[_Part]] = deque()
-    tasks = _tasks(cache, recipe, chosen, run.batch_size, under_way)
+    tasks = _tasks(_replayable(cache, recipe, chosen, level), recipe, run.batch_size, under_way)
     renderer = Renderer(source, recipe, cache.manifest.seed)
     total = sum(map(len, chosen.values()))
     workers = config.extract.workers if total > FEW_VIEWS else 0
@@ -158,23 +158,30 @@ def _flag(fields: Fields, name: str) -> bool:
     return value
 
 
+def _replayable(
+    cache: Cache, recipe: Recipe, chosen: Mapping[UnitId, npt.NDArray[np.int64]], level: Level
+) -> Iterator[tuple[Unit, npt.NDArray[np.int64]]]:
+    """Units by view and shard, with the places in them that were asked for; those that cannot be rendered are noted."""
+    for unit_id in sorted(chosen, key=lambda unit: (unit.view, unit.shard)):
+        unit = cache.read(*unit_id)
+        problem = replay_problem(unit.columns, recipe)
+        if problem is None:
+            yield unit, np.flatnonzero(np.isin(unit.rows, chosen[unit_id]))
+        else:
+            level.error(record_path(unit_id), f"{problem}. Extract into another cache.")
+
+
 def _tasks(
-    cache: Cache,
+    units: Iterator[tuple[Unit, npt.NDArray[np.int64]]],
     recipe: Recipe,
-    chosen: Mapping[UnitId, npt.NDArray[np.int64]],
     batch_size: int,
     under_way: deque[list[_Part]],
 ) -> Iterator[RenderTask]:
     """Tasks of at most `batch_size` rows, each of one view, with partners; their parts are queued in `under_way`."""
     waiting: list[_Part] = []
     count = 0
-    for unit_id in sorted(chosen, key=lambda unit: (unit.view, unit.shard)):
-        unit = cache.read(*unit_id)
-        problem = replay_problem(unit.columns, recipe)
-        if problem is not None:
-            raise CorruptCacheError(f"{cache.url}: {record_path(unit_id)}: {problem}. See `verify --pixels`.")
-        asked = np.flatnonzero(np.isin(unit.rows, chosen[unit_id]))
-        if waiting and waiting[0].unit.id.view != unit_id.view:
+    for unit, asked in units:
+        if waiting and waiting[0].unit.id.view != unit.id.view:
             yield _task(waiting, recipe, under_way)
             waiting, count = [], 0
         slots = _slots(unit, asked)

@@ -148,7 +148,7 @@ def _from_json_value(value: object, hint: Any) -> Any:
         return None if value is None else _detection_from_json(value)
     if hint == tuple[int, ...]:
         if not isinstance(value, list):
-            raise TypeError(f"found {value!r}, expected a list of whole numbers")
+            raise TypeError(f"found {value!r:.100}, expected a list of whole numbers")
         return tuple(_from_json_value(item, int) for item in value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
@@ -159,16 +159,16 @@ def _from_json_value(value: object, hint: Any) -> Any:
     if typing.get_origin(hint) is Literal:
         if value in typing.get_args(hint):
             return value
-        raise TypeError(f"found {value!r}, expected one of {', '.join(typing.get_args(hint))}")
+        raise TypeError(f"found {value!r:.100}, expected one of {', '.join(typing.get_args(hint))}")
     if typing.get_origin(hint) is tuple and isinstance(value, list) and len(value) == 2:
         return tuple(_from_json_value(item, float) for item in value)
     expected = hint.__name__ if isinstance(hint, type) else str(hint)
-    raise TypeError(f"found {value!r}, expected {'two numbers' if typing.get_origin(hint) is tuple else expected}")
+    raise TypeError(f"found {value!r:.100}, expected {'two numbers' if typing.get_origin(hint) is tuple else expected}")
 
 
 def _detection_from_json(value: object) -> DetectionGeometry:
     if not isinstance(value, Mapping):
-        raise TypeError(f"found {value!r}, expected an object")
+        raise TypeError(f"found {value!r:.100}, expected an object")
     values, problems = _fields_from_json(DetectionGeometry, value)
     if problems:
         raise TypeError("; ".join(problems))
