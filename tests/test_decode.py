@@ -122,6 +122,15 @@ def test_transparency_lies_over_white() -> None:
     assert np.abs(grey - (luma * alpha + 255 * (1 - alpha))).max() <= 1.0
 
 
+def test_transparency_of_a_large_image_is_composited_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    image = Image.fromarray(rng.integers(0, 256, (37, 23, 4)).astype(np.uint8))
+    whole = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    for pixels in (1, 23, 100, 10**6):
+        monkeypatch.setattr("vkd_cache.views.decode._STRIP_PX", pixels)
+        assert decode_image(encode(image, "PNG")).tobytes() == whole.tobytes()
+
+
 def test_a_transparent_palette_entry_or_colour_is_white() -> None:
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])

@@ -35,6 +35,7 @@ _DAMAGE = (
     RuntimeError,
     struct.error,
 )
+_STRIP_PX = 2**22
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE: Mapping[int, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -113,12 +114,22 @@ def _too_large(name: str) -> str:
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode that the formats above decode to, as RGB."""
     if image.mode.startswith("I"):  # 16-bit grey: its high byte, as Pillow itself does for 16-bit colour
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         return Image.fromarray(np.clip(values >> 8, 0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return _over_white(image if image.mode == "RGBA" else image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """Transparency over white, in strips: of the largest images, each further copy would be most of a gigabyte."""
+    whole = Image.new("RGB", image.size)
+    rows = max(1, _STRIP_PX // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        strip = image.crop(box)
+        whole.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), box)
+    return whole
 
 
 def _exif_orientation(exif: object) -> int:
