@@ -59,7 +59,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: checkpoint version {state.get('version')!r:.40}, this version reads {VERSION}.")
     sections, views = state.get("config"), state.get("views")
     fits = isinstance(sections, Mapping) and all(isinstance(fields, Mapping) for fields in sections.values())
-    fits = fits and isinstance(views, list) and all(type(view) is int for view in views)
+    fits = fits and isinstance(views, list) and bool(views) and all(type(view) is int and view >= 0 for view in views)
     if not fits or not isinstance(state.get("identity"), Mapping):
         raise CheckpointError(
             f"{path}: says it is a checkpoint of vkd-cache, but its config, identity or views are none. Was it edited?"

@@ -81,11 +81,8 @@ class Loop:
         """
         try:
             self._learner.load_state(state)
-            self.standing = Standing(**state["standing"])
+            self.standing = Standing.from_json(state["standing"])
             self._window.load(state["window"])
-            places = (self.standing.step, self.standing.epoch, self.standing.batch)
-            if not all(type(place) is int and 0 <= place < 2**53 for place in places):
-                raise ValueError(f"standing {places}")
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,22 @@ class Standing:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> "Standing":
+        """Inverse of `to_json`.
+
+        Raises:
+            TypeError, ValueError: fields that there are not, of other types, or absurd.
+        """
+        standing = cls(**body)
+        places = (standing.step, standing.epoch, standing.batch)
+        scores = (standing.score, standing.best_score)
+        if not all(type(place) is int and 0 <= place < 2**53 for place in places):
+            raise ValueError(f"standing: found step, epoch and batch {places!r:.100}")
+        if type(standing.eval_due) is not bool or not all(type(score) in (float, type(None)) for score in scores):
+            raise ValueError(f"standing: found eval_due {standing.eval_due!r:.40} and scores {scores!r:.100}")
+        return standing
 
 
 class LossWindow:
@@ -113,9 +129,17 @@ class LossWindow:
         return self._ranks
 
     def load(self, ranks: list[dict[str, Any]]) -> None:
-        """Continue from `state`."""
+        """Continue from `state`.
+
+        Raises:
+            LookupError, TypeError, ValueError: it is none.
+        """
         own = ranks[self._split.index]
-        self._sums, self._steps = dict(own["sums"]), own["steps"]
+        sums, steps = dict(own["sums"]), own["steps"]
+        known = all(name in self._terms and isinstance(value, float) for name, value in sums.items())
+        if not known or type(steps) is not int or not 0 <= steps < 2**53:
+            raise ValueError(f"loss window: found {own!r:.100}")
+        self._sums, self._steps = sums, steps
 
     def _gathered(self, numbers: Sequence[float]) -> list[list[float]]:
         own = torch.tensor(numbers, dtype=torch.float64, device=self._device)

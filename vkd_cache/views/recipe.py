@@ -20,6 +20,7 @@ Colour = Literal["three_augment", "rand_augment", "none"]
 Decoder = Literal["pillow"]
 Interpolation = Literal["bicubic", "bilinear"]
 
+_LARGEST = 2**53  # of a number in a manifest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,8 +152,10 @@ def _from_json_value(value: object, hint: Any) -> Any:
             raise TypeError(f"found {value!r:.100}, expected a list of whole numbers")
         return tuple(_from_json_value(item, int) for item in value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if abs(value) > _LARGEST:  # before Python says that it is too large a whole number
+            raise TypeError(f"found a number beyond {_LARGEST:g}")
         return float(value)
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+    if hint is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST:
         return value
     if hint is str and isinstance(value, str):
         return value
