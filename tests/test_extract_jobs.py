@@ -1,4 +1,4 @@
-"""Extraction as processes that are killed, interrupted or starved: what is published stays, what is missing comes."""
+"""Extraction as processes that are interrupted or starved: what is published stays, what is missing comes."""
 
 import multiprocessing
 import os
@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import NUM_TRAIN
 from extract_jobs import contents, extract_alone
 
-from vkd_cache.cache.reader import find_cache, open_cache
+from vkd_cache.cache.reader import open_cache
 from vkd_cache.config import Config
 from vkd_cache.runtime import JobSplit
 from vkd_cache.stages.extract import extract
@@ -57,42 +56,6 @@ def descendants(pid: int) -> dict[int, int]:
     while more := {child for child, parent in parents.items() if parent in below} - below:
         below |= more
     return {child: parents[child] for child in below - {pid}}
-
-
-@pytest.mark.parametrize("backend", ["zarr", "webdataset"])
-def test_killed_at_any_moment_and_resumed_it_is_the_same_cache(
-    tiny_config: MakeConfig, tmp_path: Path, backend: str
-) -> None:
-    views = {"count": "3"}
-    url = tmp_path / "cache"
-    config = tiny_config(cache={"url": str(url), "backend": backend, "dtype": "auto"}, views=views)
-    whole = tiny_config(cache={"url": str(tmp_path / "whole"), "backend": backend, "dtype": "auto"}, views=views)
-    extract(whole, JobSplit())
-    rng = np.random.default_rng(len(backend))
-    published: dict[str, bytes] = {}
-    for reached in (0, 1, 4, 8):
-        process = start(config, tmp_path / "said")
-        # first while nothing is there, then after one more unit, each time a little later
-        wait_until(lambda least=reached: url.is_dir() and num_records(url) >= least)  # type: ignore[misc]
-        until = time.perf_counter() + float(rng.uniform(0, 0.03))
-        while time.perf_counter() < until:
-            pass
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        if find_cache(str(url)) is None:
-            continue
-        now = contents(url)
-        units = open_cache(str(url)).units
-        for unit in units:
-            open_cache(str(url)).read(*unit)  # whatever is published is whole
-        assert published.items() <= now.items()  # and stays as it is
-        published = {name: data for name, data in now.items() if name.split("/")[0] == "records"}
-    assert 8 <= num_records(url) < 15
-    summary = extract(config, JobSplit())
-    assert summary.units_skipped >= 8
-    assert contents(url) == contents(tmp_path / "whole")
-    assert not list((url / ".incomplete").iterdir())
 
 
 def test_workers_at_once_make_one_cache(tiny_config: MakeConfig, small_cache: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def check(report: dict[str, Any], *, kills: int) -> None:
 @pytest.mark.parametrize("backend", ["zarr", "webdataset"])
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_killed_at_random_moments(server: Server, tmp_path: Path, backend: str, jobs: int) -> None:
-    kills = 20 + jobs
+    kills = 15 + jobs
     report = server.ask(tmp_path, backend=backend, jobs=jobs, kills=kills, seed=jobs)
     check(report, kills=kills)
     assert report["leftovers"] >= 1  # or the kills were not where it hurts
