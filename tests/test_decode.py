@@ -194,6 +194,15 @@ def test_a_large_image_is_read_without_a_warning_and_a_huge_one_refused_by_its_h
             decode_image(huge)
 
 
+def test_a_gif_whose_frame_is_larger_than_it_says_gives_no_warning() -> None:
+    data = bytearray(encode(picture(), "GIF"))
+    data[6:10] = struct.pack("<HH", 12_000, 9_000)  # more than Pillow remarks on, less than is refused
+    frame = data.index(b"\x2c")
+    data[frame + 5 : frame + 9] = struct.pack("<HH", 12_001, 9_000)
+    with pytest.raises(BrokenImageError, match="truncated or damaged"):
+        decode_image(bytes(data))
+
+
 def test_an_image_without_pixels_is_broken() -> None:
     with pytest.raises(BrokenImageError, match=r"^PNG "):
         decode_image(png(0, 5, 8, 0, b""))

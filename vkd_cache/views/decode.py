@@ -7,6 +7,7 @@ process and without warnings. The table of what is done with which image is in d
 
 import io
 import struct
+import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -55,11 +56,17 @@ class _JpegFile(JpegImageFile):
         return
 
 
+def _open_gif(file: io.BytesIO) -> GifImageFile:
+    with warnings.catch_warnings():  # whose sizes Pillow remarks on while it reads the header; ours are checked later
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return GifImageFile(file)
+
+
 _FORMATS: tuple[tuple[str, bytes, Callable[[io.BytesIO], ImageFile.ImageFile]], ...] = (
     ("JPEG", b"\xff\xd8\xff", _JpegFile),
     ("PNG", b"\x89PNG\r\n\x1a\n", PngImageFile),
     ("WebP", b"RIFF", WebPImageFile),
-    ("GIF", b"GIF8", GifImageFile),
+    ("GIF", b"GIF8", _open_gif),
     ("BMP", b"BM", BmpImageFile),
 )
 
