@@ -145,7 +145,7 @@ def test_a_full_disk_stops_training_which_goes_on_with_more_room(server: FaultSe
     disk, pipeline, whole = place / "disk3", str(place / "pipeline.toml"), str(place / "whole")
     output, undisturbed = disk / "run", place / "undisturbed"
     run = ["train", pipeline, "--cache", whole, "--output"]
-    full, done, _ = server.do(
+    full, done, whole_run = server.do(
         *full_disk(server, disk, 2000, 1000),
         [*run, str(output), "--resume", "auto"],
         more_room(server, disk),
@@ -156,9 +156,9 @@ def test_a_full_disk_stops_training_which_goes_on_with_more_room(server: FaultSe
     assert full[0] == 1
     assert str(output) in error
     assert "No space left on device" in error or "File too large" in error
-    assert done[0] == 0, done[1]
-    same = [line for line in done[1].splitlines() if line.startswith("epoch 2: ")]
-    assert same
+    assert (done[0], whole_run[0]) == (0, 0), done[1] + whole_run[1]
+    ends = [[line for line in said.splitlines() if line.startswith("epoch 2: ")] for _, said in (done, whole_run)]
+    assert ends[0] == ends[1] != []  # what it ends with is what a run ends with that nothing stopped
     assert json.loads((undisturbed / "log.jsonl").read_text().splitlines()[-1])["epoch"] == 2
 
 
