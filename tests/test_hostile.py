@@ -81,7 +81,7 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "def teacher():\n    return timm.create_model('test_resnet', num_classes=10)\n"
     )
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.delitem(sys.modules, "known_to_strangers", raising=False)
     return marker
 
 
