@@ -145,11 +145,11 @@ def test_killed_at_its_files(
     """Before a file is begun, in the middle of it (`half`), before it takes its name; then the next one, and so on."""
     run = KilledRun(server, pipeline_file, tmp_path)
     rng = np.random.default_rng(half)
-    for _ in range(8):
+    for _ in range(6):
         if not run.killed_at(int(rng.integers(3, 13)), half=half):
             break
     run.finish()
-    assert run.kills > 4
+    assert run.kills > 3
     assert run.removed > 0
     assert_same_run(whole[0], run.output)
 
@@ -160,10 +160,10 @@ def test_killed_at_any_time(
     """Together with its data worker, where it has one: by a signal to the whole group, as batch systems send it."""
     run = KilledRun(server, pipeline_file, tmp_path)
     rng = np.random.default_rng(7)
-    for kill in range(5):
+    for kill in range(4):
         more = ("--workers", "1") if kill == 1 else ()
         if not run.killed_after(1, float(rng.uniform(0, 0.04)), *more):
             break
     run.finish()
-    assert run.kills > 2
+    assert run.kills > 1
     assert_same_run(whole[0], run.output)
