@@ -32,6 +32,7 @@ from vkd_cache.sources import (
     source_identity,
     validation_beside,
 )
+from vkd_cache.sources.findings import PassedOverWarning
 from vkd_cache.sources.folder import FolderSource
 from vkd_cache.sources.keys import PackedShards, hash_order, key_problem
 from vkd_cache.sources.labels import parse_label
@@ -371,6 +372,19 @@ def test_tars_of_webdataset_in_the_order_of_the_pattern(tmp_path: Path) -> None:
             theirs = list(group_by_keys(tar_file_expander([{"url": shard.name, "stream": stream}])))
         assert list(shard.keys) == [sample["__key__"] for sample in theirs]
         assert [glob.read(number, row) for row in range(4)] == [sample["jpg"] for sample in theirs]
+
+
+def test_images_of_a_tar_that_belong_to_no_sample_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "t.tar"
+    with tarfile.open(path, "w") as tar:
+        names = ["a.jpg", "a.cls", "b.jpg", "b.cls", "b.seg.png", "c.3.jpg", ".d.png", "._e.jpg"]
+        for number, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            tar.addfile(member, io.BytesIO(str(number).encode()))
+    with pytest.warns(PassedOverWarning, match=r"2 image files that .*: c\.3\.jpg in t\.tar, \.d\.png in t"):
+        source = open_source(str(path))
+    assert source.shards[0].keys == ("a", "b")
 
 
 @given(st.text("ab._/J", max_size=12))

@@ -4,7 +4,6 @@ A newcomer's trap: a unit file without a record and a leftover temporary file ar
 them, the next one overwrites or removes them, and no reader ever looks at them.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from enum import Enum
@@ -16,7 +15,7 @@ import torch
 from vkd_cache.cache.reader import MANIFEST_PATH, Cache, Unit
 from vkd_cache.cache.schema import UnitRecord
 from vkd_cache.cache.storage import TEMPORARY
-from vkd_cache.cache.units import UnitId, is_detection, record_path, unit_of_record
+from vkd_cache.cache.units import UnitId, files_of_unit, is_detection, kind_of, record_path, unit_of_record
 from vkd_cache.errors import CacheError, CacheMismatchError, CacheVersionError, CorruptCacheError, IncompleteCacheError
 
 
@@ -67,11 +66,19 @@ def check_layout(cache: Cache, dataset: Mapping[str, Any] | None = None) -> Iter
                 message=f"dataset.{field} is not that of the given source. Give the source it was made from.",
             )
     yield from check_head(cache)
+    obstacles = cache.storage.obstacles(kind_of)
+    for path in obstacles:
+        found, wanted = ("a folder", "a file") if kind_of(path) == "file" else ("no folder", "a folder")
+        yield Finding(
+            where=path,
+            message=f"is {found}, expected {wanted}: it stands in the way. `vkd-cache verify --repair` removes it if "
+            "it is empty; else move it away.",
+        )
     abandoned = frozenset(cache.storage.abandoned())
     published = set(_unit_files(cache))
     for path in cache.storage.paths(""):
         finding = _stray(path, cache, published, abandoned)
-        if finding is not None:
+        if finding is not None and path not in obstacles:
             yield finding
 
 
@@ -93,10 +100,12 @@ def _text(error: Exception) -> str:
 
 
 def _unit_files(cache: Cache) -> Iterator[str]:
-    """Files of the units whose records can be read; what is wrong with the others, `check_unit` says."""
+    """Files of the units; where a record cannot be read, as `check_unit` says, all that may be its unit's."""
     for unit in cache.units:
-        with contextlib.suppress(CacheError, OSError):
+        try:
             yield cache.record(*unit).files[0][0]
+        except (CacheError, OSError):
+            yield from files_of_unit(unit, cache.storage.paths(f"units/view-{unit.view:04d}"))
 
 
 def _stray(path: str, cache: Cache, published: set[str], abandoned: frozenset[str]) -> Finding | None:

@@ -35,6 +35,7 @@ from vkd_cache.errors import CacheFormatError, CacheMismatchError, CorruptCacheE
 from vkd_cache.local_copies import LocalCopies, Original
 from vkd_cache.tokens import Tokens
 from vkd_cache.urls import is_remote
+from vkd_cache.views.recipe import Recipe
 
 MANIFEST_PATH = "manifest.json"
 _MAX_HEAD_BYTES = 2**34  # a million classes of a teacher 4096 wide
@@ -139,6 +140,18 @@ class Cache:
         self.manifest = manifest
         self.fingerprint = manifest.fingerprint()
         self.storage = storage
+
+    @property
+    def recipe(self) -> Recipe:
+        """How its views were planned.
+
+        Raises:
+            CacheFormatError: not a recipe that this release knows.
+        """
+        try:
+            return Recipe.from_json(self.manifest.recipe)
+        except CacheFormatError as error:
+            raise CacheFormatError(f"{self.url}/{MANIFEST_PATH}: {error}") from error
 
     @property
     def columns(self) -> dict[str, ColumnSpec]:

@@ -256,14 +256,16 @@ def check_same(url: str, existing: Manifest, wanted: Manifest) -> None:
     lines = [f"  {path}: {_shown(old)} in the cache, {_shown(new)} asked for" for path, old, new in differences]
     if len(lines) > _SHOWN_DIFFERENCES:
         lines[_SHOWN_DIFFERENCES:] = [f"  and {len(lines) - _SHOWN_DIFFERENCES} more fields"]
+    converted = any(path.endswith(".passed") for path, _, _ in differences)
     raise CacheMismatchError(
         f"{url}: made from something else than this run asks for:\n" + "\n".join(lines) + "\n"
-        "Use another cache, or the same settings, data and library versions."
+        + ("Its values were converted from a lossy type (passed), which no teacher's are. " if converted else "")
+        + "Use another cache, or the same settings, data and library versions."
     )
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, (list, tuple)) and len(value) > 8:
+    if isinstance(value, (list, tuple)) and (len(value) > 8 or any(len(str(entry)) >= 32 for entry in value)):
         return f"{len(value)} entries"
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

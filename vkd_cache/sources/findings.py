@@ -5,6 +5,7 @@ names enough to find them, not the first one of many.
 """
 
 import dataclasses
+import warnings
 
 from vkd_cache.errors import SourceError
 from vkd_cache.sources.keys import shown
@@ -14,10 +15,19 @@ _NUM_SHOWN = 5
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Problem:
-    """A kind of mistake: what was found, in the plural after a count, and what to do about it."""
+    """A kind of mistake: what was found, in the plural after a count, and what to do about it.
+
+    Attributes:
+        is_error: whether the data set cannot be used with it; else it is only said.
+    """
 
     found: str
     cure: str
+    is_error: bool = True
+
+
+class PassedOverWarning(UserWarning):
+    """Files of a data set that are not used, though somebody may have meant them."""
 
 
 class Findings:
@@ -37,22 +47,30 @@ class Findings:
 
     @property
     def total(self) -> int:
-        """Mistakes of all kinds."""
-        return sum(self._counts.values())
+        """Mistakes of all kinds that are errors."""
+        return sum(count for problem, count in self._counts.items() if problem.is_error)
 
     def raise_any(self) -> None:
-        """Raise what was found.
+        """Raise what was found, or warn of it if nothing of it is an error.
+
+        Warns:
+            PassedOverWarning: one for each kind of problem.
 
         Raises:
             SourceError: one line for each kind of problem, with a count, the first few names, and what to do.
         """
-        if not self._counts:
-            return
-        lines = [
+        remarks = self._lines(is_error=False)
+        if errors := self._lines(is_error=True):
+            raise SourceError("\n".join([*errors, *remarks]))
+        for line in remarks:
+            warnings.warn(line, PassedOverWarning, stacklevel=4)
+
+    def _lines(self, *, is_error: bool) -> list[str]:
+        return [
             f"{shown(self._where)}: {count} {problem.found}: {first_few(self._names[problem], count)}. {problem.cure}"
             for problem, count in self._counts.items()
+            if problem.is_error == is_error
         ]
-        raise SourceError("\n".join(lines))
 
 
 def first_few(names: list[str], count: int | None = None) -> str:

@@ -37,6 +37,11 @@ _MANY_IMAGES = Problem("samples with more than one member of a kind", "Keep one 
 _BAD_LABEL = Problem("labels that are not a class index", "Write .cls as an ASCII integer, or .json {'label': 3}.")
 _BAD_KEY = Problem("samples whose name cannot be a key", "Rename the members.")
 _NO_SAMPLES = Problem("tars without a sample", "Remove them, or check how they were packed.")
+_PASSED_OVER = Problem(
+    "image files that belong to no sample and are passed over",
+    "A sample's name ends at the first dot: name its image KEY.jpg, jpeg, png or webp if these were meant.",
+    is_error=False,
+)
 
 
 class TarIndex(NamedTuple):
@@ -92,7 +97,7 @@ def index_tar(reader: TarReader, name: str, findings: Findings) -> TarIndex:
     keys: list[bytes] = []
     labels, offsets, num_bytes = array("I"), array("Q"), array("Q")
     any_sample = False
-    for sample in _samples(reader):
+    for sample in _samples(reader, name, findings):
         any_sample = True
         label = _label_of(sample, f"{shown(sample.key)} in {name}", findings)
         if label is not None and sample.image is not None:
@@ -156,11 +161,13 @@ def split_member_name(name: str) -> tuple[str, str] | None:
     return name[:dot], name[dot + 1 :].lower()
 
 
-def _samples(reader: TarReader) -> Iterator[_Sample]:
+def _samples(reader: TarReader, tar: str, findings: Findings) -> Iterator[_Sample]:
     """Samples of one tar that have an image or a label; members with other extensions are ignored."""
     current: _Sample | None = None
     for member in reader.members():
         parts = split_member_name(member.name)
+        if _is_lost_image(member.name, parts, current):
+            findings.add(_PASSED_OVER, f"{shown(member.name)} in {tar}")
         if parts is None:
             continue
         key, extension = parts
@@ -184,6 +191,16 @@ def _samples(reader: TarReader) -> Iterator[_Sample]:
             current.document = _label_bytes(reader, member)
     if current is not None:
         yield current
+
+
+def _is_lost_image(name: str, parts: tuple[str, str] | None, current: _Sample | None) -> bool:
+    """Whether a member looks like an image, but is neither that of a sample nor a further one (`a.seg.png`) of it."""
+    base = name.rpartition("/")[2]
+    if base.rpartition(".")[2].lower() not in IMAGE_EXTENSIONS or base.startswith("._"):  # the latter are macOS'
+        return False
+    if parts is None:
+        return True
+    return parts[1] not in IMAGE_EXTENSIONS and (current is None or current.key != parts[0])
 
 
 def _label_bytes(reader: TarReader, member: TarMember) -> bytes:

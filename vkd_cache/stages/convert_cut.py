@@ -12,7 +12,6 @@ from vkd_cache.cache.reader import Cache
 from vkd_cache.cache.schema import Manifest
 from vkd_cache.errors import CacheMismatchError, ConfigError
 from vkd_cache.sources import open_source, source_identity
-from vkd_cache.views.recipe import Recipe
 
 
 class Piece(NamedTuple):
@@ -106,7 +105,7 @@ def _pieces(counts: list[int], shard_size: int) -> tuple[tuple[Piece, ...], ...]
 def _refuse_parted_pairs(cache: Cache, pieces: tuple[tuple[Piece, ...], ...], shard_size: int) -> None:
     counts = cache.manifest.dataset["shard_counts"]
     parted = any(piece.stop - piece.first < counts[piece.shard] for shard in pieces for piece in shard)
-    if parted and Recipe.from_json(cache.manifest.recipe).mixes:
+    if parted and cache.recipe.mixes:
         raise ConfigError(
             f"--shard-size: found {shard_size}, but the recipe of {cache.url} mixes samples within shards of "
             f"{max(counts)}: shards can only be joined, or partners would be parted. Give a multiple of {max(counts)}."

@@ -20,7 +20,6 @@ from vkd_cache.errors import CacheError
 from vkd_cache.stages.convert_cut import Cut
 from vkd_cache.stages.convert_units import SourceUnits, broken_rows, unit_arrays, unit_origin
 from vkd_cache.stages.extract_order import UnitOrder
-from vkd_cache.views.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +29,11 @@ class ConvertSummary:
     Attributes:
         source, target: URLs.
         fingerprint: of the target.
+        dry_run: nothing was done, only planned.
+        target_exists: it was begun before.
+        backend: of the target.
+        shards: of the target's data set.
+        units_to_convert: units of this worker that were neither there nor lacking in the source when it began.
         units_converted: units this run wrote.
         units_skipped: units of this worker that were published before.
         units_overtaken: units of this worker that another job published meanwhile.
@@ -46,6 +50,11 @@ class ConvertSummary:
     source: str
     target: str
     fingerprint: str = ""
+    dry_run: bool = False
+    target_exists: bool = False
+    backend: str = ""
+    shards: int = 0
+    units_to_convert: int = 0
     units_converted: int = 0
     units_skipped: int = 0
     units_overtaken: int = 0
@@ -77,7 +86,7 @@ class ConvertJob:
         self._cut = cut
         self._writer = writer
         # only shards that are joined have something new to say of their mixing
-        self._mixes = not cut.is_new or Recipe.from_json(source.manifest.recipe).mixes
+        self._mixes = not cut.is_new or source.recipe.mixes
         self._failed: dict[UnitId, str] = {}
         self._units_left_out = 0
         self._units = self._units_wasted = self._samples = self._before = self._after = 0  # by the writer thread alone

@@ -14,7 +14,7 @@ from vkd_cache.config import Config, ViewsConfig
 from vkd_cache.errors import CacheMismatchError
 from vkd_cache.sources import Source, is_detection, source_identity
 from vkd_cache.stages.supply import Supply
-from vkd_cache.views.recipe import Recipe, make_recipe
+from vkd_cache.views.recipe import make_recipe
 
 _SAME_TEACHER = ("weights_sha256", "input_px", "mean", "std", "interpolation")  # what makes it one function
 
@@ -75,7 +75,7 @@ def say_other_settings(cache: Cache, config: Config) -> None:
     """Say where a configuration asks for other views, or another teacher, than the cache that is used has."""
     if config.views != ViewsConfig(count=config.views.count):  # else nobody asked for anything
         wanted = {**make_recipe(config.views).to_json(), "seed": config.views.seed}
-        stored = {**Recipe.from_json(cache.manifest.recipe).to_json(), "seed": cache.manifest.seed}
+        stored = {**cache.recipe.to_json(), "seed": cache.manifest.seed}
         if views := _differing(stored, wanted):
             console.warn(
                 f"{cache.url}: holds other views than [views] asks for ({views}). Those of the cache are used: "

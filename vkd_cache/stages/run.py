@@ -211,7 +211,7 @@ def prepare_run(config: Config, split: JobSplit) -> Run:
         check_same_source(cache, source)
         if split.index == 0:
             say_other_settings(cache, config)
-        recipe = Recipe.from_json(cache.manifest.recipe)
+        recipe = cache.recipe
         config = dataclasses.replace(config, views=_views_of(cache, recipe))
         views = CachedViews(cache, source, complete_views(cache, len(source.shards), warn=split.index == 0))
     val_source = _open_val(config)

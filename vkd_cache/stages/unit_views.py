@@ -81,7 +81,7 @@ class CachedViews:
     def __init__(self, cache: Cache, source: Source, views: Sequence[int]) -> None:
         self._cache = cache
         self._source = source
-        self._recipe = Recipe.from_json(cache.manifest.recipe)
+        self._recipe = cache.recipe
         self._slot_counts: dict[int, list[int]] = {}
         self.views = views
         self.num_broken = 0

@@ -42,7 +42,7 @@ class PixelCheck:
         self._cache = cache
         self._source = source
         self._level = level
-        self._recipe = Recipe.from_json(cache.manifest.recipe)
+        self._recipe = cache.recipe
         self._renderer = Renderer(source, self._recipe, cache.manifest.seed)
         self._under_way: deque[tuple[RenderTask, Unit]] = deque()
 

@@ -68,7 +68,7 @@ def check_teacher(
     run = _start(cache, config, level)
     if run is None:
         return
-    recipe = Recipe.from_json(cache.manifest.recipe)
+    recipe = cache.recipe
     under_way: deque[list[_Part]] = deque()
     tasks = _tasks(_replayable(cache, recipe, chosen, level), recipe, run.batch_size, under_way)
     renderer = Renderer(source, recipe, cache.manifest.seed)
@@ -90,7 +90,7 @@ def _start(cache: Cache, config: Config, level: Level) -> TeacherRun | None:
     """The teacher as the manifest describes it; None, with the reasons noted, if it is not the same one."""
     manifest = cache.manifest
     stored: dict[str, Any] = manifest.teacher
-    recipe = Recipe.from_json(manifest.recipe)
+    recipe = cache.recipe
     wanted, run_as = _wanted(cache, config, recipe)
     nodes = [spec.name for spec in manifest.nodes]
     teacher = load_teacher(

@@ -116,7 +116,10 @@ class Recipe:
         """
         values, problems = _fields_from_json(cls, {"detection": None, **document})
         if problems:
-            raise CacheFormatError("recipe: " + "; ".join(problems) + ". It was written by another version.")
+            raise CacheFormatError(
+                f"recipe: {'; '.join(problems)}. It was written by another version of vkd-cache: use that one, or "
+                "extract anew."
+            )
         try:
             return cls(**values)
         except ConfigError as error:
