@@ -5,6 +5,7 @@ traceback.
 """
 
 import contextlib
+import errno
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -35,9 +36,7 @@ def guarded(command: Callable[[], int | None]) -> int:
             return _fail(str(error), 1)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            in_the_way = isinstance(error, (NotADirectoryError, FileExistsError))
-            advice = ", where a folder is needed. Give another path." if in_the_way else ""
-            return _fail(f"{where}{error.strerror or str(error) or type(error).__name__}{advice}", 1)
+            return _fail(f"{where}{error.strerror or str(error) or type(error).__name__}{_advice(error)}", 1)
         except (MemoryError, RuntimeError) as error:
             if any(name in str(error) for name in _COMPILER_LACKS):
                 return _fail(
@@ -48,6 +47,17 @@ def guarded(command: Callable[[], int | None]) -> int:
             if not _is_out_of_memory(error):
                 raise
             return _fail(f"out of memory: {error or 'no more can be had'} Use a smaller --batch-size.", 1)
+
+
+def _advice(error: OSError) -> str:
+    """What to do about a file that cannot be read or written."""
+    if isinstance(error, (NotADirectoryError, FileExistsError)):
+        return ", where a folder is needed. Give another path."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ". What is complete is intact: make room, and run the same command again (train: --resume auto)."
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return ". Give another path, or have the right to use this one."
+    return ""
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -112,7 +112,7 @@ class Fields:
 
     def __init__(self, body: object, where: str, path: str = "") -> None:
         if not isinstance(body, dict):
-            raise CacheFormatError(f"{where}: {path or 'document'}: found {_short(body)}, expected an object.")
+            raise CacheFormatError(f"{where}: {path.rstrip('.') or 'document'}: found {_short(body)}, expected an object.")
         self.body: dict[str, Any] = body
         self.where = where
         self.path = path
