@@ -215,6 +215,11 @@ def test_documents_outlive_copies_by_a_month(tmp_path: Path) -> None:
     read(copies, original(3, 101))
     assert copies.kept(one, KIND) is None
     assert {path.name for path in (tmp_path / "copies").iterdir()} == {two.name, original(3, 101).name}
+    for data in (b"e" * 100, b"f" * 100):  # in place of the last, whatever that was
+        copies.keep(one, KIND, data)
+        assert copies.kept(one, KIND) == data
+    copies.note(one, KIND, b"n")
+    assert copies.kept(one, KIND) == b"n"
     copies.keep(one, KIND, b"d" * 2000)  # no room for it at all
     assert copies.kept(one, KIND) is None
 

@@ -1,8 +1,10 @@
 """Tars behind a URL, against a real S3 protocol server: what is read, how often, and what goes wrong."""
 
 import itertools
+import os
 import pickle
 import shutil
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,9 @@ from s3_server import NOBODY, S3Server
 
 from vkd_cache.errors import ConfigError, SourceError, StorageError
 from vkd_cache.local_copies import LocalCopies
+from vkd_cache.remote import RemoteFiles, RemoteInfo
 from vkd_cache.sources import Source, open_source, read_ahead, source_identity
+from vkd_cache.sources.kept_index import CHECKSUM_KIND, KEPT_KIND, file_checksum
 
 BUCKETS = (f"tars-{number}" for number in itertools.count())
 PATIENCE_S = 60.0
@@ -126,9 +130,119 @@ def test_a_kept_index_that_is_damaged_is_made_again(bucket: str, s3_environment:
     copies = LocalCopies(tmp_path, 10**8)
     before = source_identity(open_source(train_tars(bucket), copies=copies))
     damage = [lambda data: data[:-1], lambda data: data[:30] + b"\xff" + data[31:], lambda _: b""]
-    for path, damaged in zip(sorted(tmp_path.glob("lasting/*")), itertools.cycle(damage)):
+    for path, damaged in zip(sorted(tmp_path.glob(f"lasting/*.{KEPT_KIND}")), itertools.cycle(damage)):
         path.write_bytes(damaged(path.read_bytes()))
     assert source_identity(open_source(train_tars(bucket), copies=copies)) == before
+
+
+def flip(path: Path, at: int, num_bytes: int = 8) -> None:
+    """Turn bytes of a file over, without changing its size: in place, as a failing disk does."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        data = bytes(255 - byte for byte in file.read(num_bytes))
+        file.seek(at)
+        file.write(data)
+
+
+def flip_images(folder: Path) -> None:
+    """Damage every image of every copy; the headers and labels between them stay."""
+    for copy in folder.glob("copies/*"):
+        with tarfile.open(copy) as tar:
+            places = [(m.offset_data, m.size) for m in tar if not m.name.endswith((".cls", ".json"))]
+        for offset, num_bytes in places:
+            flip(copy, offset + num_bytes // 2)
+
+
+def test_images_of_damaged_copies_are_fetched_again(
+    bucket: str, digits_tars: Path, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    """Each tar once more, for all who have the damaged copy open."""
+    copies, expected = LocalCopies(tmp_path, 10**8), images(open_source(str(digits_tars / "train-*.tar")))
+    source = open_source(train_tars(bucket), copies=copies)
+    other = pickle.loads(pickle.dumps(source))
+    assert source.read(0, 0) == other.read(0, 0)
+    flip_images(tmp_path)
+    proxy.forget()
+    assert images(source) == images(other) == images(open_source(train_tars(bucket), copies=copies)) == expected
+    assert (proxy.counts["GET"], num_copies(tmp_path)) == (5, 5)
+
+
+def test_a_copy_that_is_cut_off_while_it_is_open(own_bucket: str, s3_environment: S3Server, tmp_path: Path) -> None:
+    source = open_source(f"s3://{own_bucket}/", copies=LocalCopies(tmp_path, 10**8))
+    before = images(source)
+    for copy in tmp_path.glob("copies/*"):
+        os.truncate(copy, 1000)
+    assert images(source) == before
+
+
+@pytest.mark.parametrize("where", ["images", "a header", "everywhere", "checksum", "no checksum"])
+def test_no_index_is_made_of_a_damaged_copy(
+    where: str, bucket: str, digits_tars: Path, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    """A copy and its index are both damaged: each tar is fetched once more, and the next start has all it needs."""
+    copies, local = LocalCopies(tmp_path, 10**8), open_source(str(digits_tars / "train-*.tar"))
+    open_source(train_tars(bucket), copies=copies)
+    for path in tmp_path.glob(f"lasting/*.{KEPT_KIND}"):
+        flip(path, 40)
+    for path in tmp_path.glob(f"lasting/*.{CHECKSUM_KIND}"):
+        if where == "checksum":
+            flip(path, 3)
+        elif where == "no checksum":  # as an older version has left it
+            path.unlink()
+    if where == "images":
+        flip_images(tmp_path)
+    for path in tmp_path.glob("copies/*"):
+        if where in ("a header", "everywhere"):
+            flip(path, 100, path.stat().st_size if where == "everywhere" else 8)
+    proxy.forget()
+    source = open_source(train_tars(bucket), copies=copies)
+    assert proxy.counts["GET"] == 5
+    assert source_identity(source) == source_identity(local)
+    assert images(source) == images(open_source(train_tars(bucket), copies=copies)) == images(local)
+    assert proxy.counts["GET"] == 5
+
+
+def test_what_is_no_tar_is_fetched_once_more_by_the_next_job(
+    own_bucket: str, proxy: FaultProxy, s3_environment: S3Server, tmp_path: Path
+) -> None:
+    """The store's tar is blamed for what this job has fetched, not for a copy that was there."""
+    s3_environment.client.put_object(Bucket=own_bucket, Key="train-00001.tar", Body=b"<html>" * 2000)
+    for num_fetched in (2, 3):
+        with pytest.raises(SourceError, match=r"s3://.*/train-00001\.tar: not a tar archive"):
+            open_source(f"s3://{own_bucket}/", copies=LocalCopies(tmp_path, 10**8))
+        assert proxy.counts["GET"] == num_fetched
+
+
+def test_who_is_at_fault(
+    own_bucket: str, digits_tars: Path, s3_environment: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damaged again: the store's tar, if the copy is what was fetched; the disk, if it is not."""
+    copies, spec = LocalCopies(tmp_path, 10**8), f"s3://{own_bucket}/"
+    source = open_source(spec, copies=copies)
+    flip_images(tmp_path)
+    download = RemoteFiles.download
+
+    def other_bytes(files: RemoteFiles, path: str, target: Path) -> RemoteInfo:
+        info = download(files, path, target)
+        with tarfile.open(target) as tar:
+            first = next(m for m in tar if not m.name.endswith((".cls", ".json")))
+        flip(target, first.offset_data)
+        return info
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteFiles, "download", other_bytes)
+        with pytest.raises(SourceError, match=r"train-00000\.tar: the image of .* the tar itself was changed.*Upload"):
+            source.read(0, 0)
+
+    def rotting(path: Path) -> bytes:
+        checksum = file_checksum(path)
+        flip_images(tmp_path)
+        flip(path, 2000)
+        return checksum
+
+    monkeypatch.setattr("vkd_cache.sources.remote_tars.file_checksum", rotting)
+    with pytest.raises(SourceError, match=r"00001\.tar: its local copy in .* not at fault\. Check that.*local_dir"):
+        source.read(1, 0)
 
 
 def test_read_ahead_leaves_room_for_what_is_in_use(

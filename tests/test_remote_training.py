@@ -8,6 +8,7 @@ from conftest import NUM_TRAIN
 from extract_jobs import contents
 from fault_proxy import FaultProxy
 from s3_server import S3Server
+from test_remote_sources import flip_images
 from train_runs import assert_same_run, pipeline, run, run_cli
 
 from vkd_cache.cache import open_cache
@@ -64,6 +65,20 @@ def test_extract_and_train_within_a_bound(
         assert len(list(copies.glob("copies/*"))) == 4
     assert contents(tmp_path / "s3") == contents(tmp_path / "local")
     assert_same_run(tmp_path / "run-s3", tmp_path / "run-local", free=("source", "extract"))
+
+
+def test_extract_from_damaged_copies(
+    digits_tars: Path, tiny_config: MakeConfig, s3_environment: S3Server, tmp_path: Path
+) -> None:
+    """Eight bytes in each image of each copy are turned over: the same cache."""
+    s3_environment.make_bucket("rotten")
+    s3_environment.upload(digits_tars, "rotten")
+    source = {"train": "s3://rotten/train-*.tar", "local_dir": str(tmp_path / "copies")}
+    for name in ("before", "after"):
+        config = tiny_config(source=source, cache={"url": str(tmp_path / name)})
+        assert extract(config, JobSplit()).exit_code == 0
+        flip_images(tmp_path / "copies")
+    assert contents(tmp_path / "after") == contents(tmp_path / "before")
 
 
 def test_units_of_a_remote_cache_are_fetched_once(

@@ -89,10 +89,26 @@ class LocalCopies:
             (self.folder / "copies" / original.name).unlink(missing_ok=True)
 
     def keep(self, original: Original, kind: str, data: bytes) -> None:
-        """Keep a small document about `original`, unless the bound has no room for it; errors as `open`."""
+        """Keep a small document about `original`, in place of an older one, unless the bound has no room.
+
+        Raises:
+            StorageError: as `open`.
+        """
         document = Original(original.url, len(data), original.version)
+        with self._own_errors():
+            self._document(original, kind).unlink(missing_ok=True)  # it may be damaged
         if len(data) <= self.max_bytes:
             os.close(self._open(self._document(original, kind), document, lambda target: target.write_bytes(data)))
+
+    def note(self, original: Original, kind: str, data: bytes) -> None:
+        """As `keep`, for a few bytes that must be there before a copy is: called by what fetches it.
+
+        They count from the next time that room is made; reserved now, they might wait for the very copy's own room.
+        """
+        document = self._document(original, kind)
+        with self._own_errors():
+            document.parent.mkdir(exist_ok=True)
+            document.write_bytes(data)
 
     def kept(self, original: Original, kind: str) -> bytes | None:
         """The document of this kind about `original`; None if there is none (any more)."""

@@ -1,7 +1,8 @@
 """Tars behind a URL that fsspec knows, such as `s3://bucket/train-{000..146}.tar`, read through local copies.
 
 A tar is copied whole when it is first needed, once however many processes ask, and read like a local one. What it
-holds is kept in a small file beside the copies, so that the next start asks for one answer a tar and copies nothing.
+holds is kept in a small file beside the copies, so that the next start asks for one answer a tar and copies nothing. A
+disk can fail: nothing is believed of a copy that was not compared, and one that is damaged is fetched once more.
 A newcomer's trap: the version of a tar is the one that was there at the start; another one later is an error.
 """
 
@@ -15,14 +16,26 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
 from vkd_cache import console
 from vkd_cache.errors import ConfigError, SourceError
 from vkd_cache.local_copies import GB, LocalCopies, Original
 from vkd_cache.remote import RemoteFiles, open_remote
 from vkd_cache.sources.findings import Findings, first_few
+from vkd_cache.sources.kept_index import (
+    CHECKSUM_KIND,
+    KEPT_KIND,
+    KeptIndex,
+    file_checksum,
+    image_digests,
+    tar_checksum,
+)
 from vkd_cache.sources.keys import shown
 from vkd_cache.sources.read_ahead import ReadAhead
-from vkd_cache.sources.tar_index import INDEX_KIND, TarIndex, index_tar
+from vkd_cache.sources.tar_index import TarIndex, index_tar
 from vkd_cache.sources.tar_members import TarReader
 
 _ASKING_THREADS = 16
@@ -53,6 +66,8 @@ class RemoteTars:
         self.names: Sequence[str] = tuple(url.rpartition("/")[2] for url in urls)
         self._places = tuple(folders[url] for url in urls)
         self._originals = self._ask(urls)
+        self._digests: list[npt.NDArray[np.uint64]] = []  # of the images of each tar
+        self._fetched: set[int] = set()  # tars that this job has copied, as opposed to copies that it has found
         self._before: frozenset[int] = frozenset()
         self._ahead: ReadAhead | None = None
 
@@ -81,6 +96,7 @@ class RemoteTars:
 
     def indexes(self, findings: Findings) -> Iterator[TarIndex]:
         """See `Tars`: from what was kept, or else from a copy."""
+        self._digests.clear()
         todo = deque(shard for shard in range(len(self.names)) if self._kept_index(self._originals[shard]) is None)
         nothing_to_do = contextlib.nullcontext(console.Progress("", 0, ""))
         with console.track("copy and index", len(todo), "tars") if todo else nothing_to_do as progress:
@@ -89,20 +105,53 @@ class RemoteTars:
                 if is_new:
                     self.read_ahead([shard], list(itertools.islice(todo, 1, 1 + _INDEXED_AHEAD)))
                     todo.popleft()
-                yield self._kept_index(original) or self._new_index(shard, findings)  # maybe kept by another rank now
+                kept = self._kept_index(original) or self._new_index(shard, findings)  # maybe kept by another rank now
+                self._digests.append(kept.digests)
+                yield kept.samples
                 if is_new:
                     progress.advance()
 
-    def _kept_index(self, original: Original) -> TarIndex | None:
-        data = self._copies.kept(original, INDEX_KIND)
-        return None if data is None else TarIndex.from_bytes(data, original.num_bytes)
+    def _kept_index(self, original: Original) -> KeptIndex | None:
+        data = self._copies.kept(original, KEPT_KIND)
+        return None if data is None else KeptIndex.from_bytes(data, original.num_bytes)
 
-    def _new_index(self, shard: int, findings: Findings) -> TarIndex:
+    def _new_index(self, shard: int, findings: Findings) -> KeptIndex:
+        reader = self._whole(shard)
+        if shard not in self._fetched and not self._can_be_indexed(shard, reader):
+            reader = self.replace(shard, reader)  # the store's tar is blamed only for what has just come from there
         before = findings.total
-        index = index_tar(self.open(shard), self.names[shard], findings)
+        index = index_tar(reader, self.names[shard], findings)
+        kept = KeptIndex(index, image_digests(reader, index))
         if findings.total == before:
-            self._copies.keep(self._originals[shard], INDEX_KIND, index.to_bytes())
-        return index
+            self._copies.keep(self._originals[shard], KEPT_KIND, kept.to_bytes())
+        return kept
+
+    def _can_be_indexed(self, shard: int, reader: TarReader) -> bool:
+        try:
+            index_tar(reader, self.names[shard], Findings(self._location))
+        except SourceError:
+            return False
+        return True
+
+    def _whole(self, shard: int) -> TarReader:
+        """As `open`, of a copy that has the checksum of what was fetched."""
+        original = self._originals[shard]
+        for _ in range(2):  # a damaged copy is fetched once more
+            reader = self.open(shard)
+            with contextlib.suppress(SourceError):  # it cannot be read
+                if tar_checksum(reader) == self._copies.kept(original, CHECKSUM_KIND):
+                    return reader
+            self._drop(shard, reader)
+        raise SourceError(
+            f"{original.url}: its local copy in {self._copies.folder} was damaged, and so is another that was fetched "
+            "just now: other bytes are read there than were written. The tar itself is not at fault. Check that disk "
+            "and the memory, or give a folder on another disk: [source] local_dir."
+        )
+
+    def _drop(self, shard: int, reader: TarReader) -> None:
+        """Remove the damaged copy that `reader` has open, but none that somebody has fetched in its place."""
+        if not reader.is_removed():
+            self._copies.drop(self._originals[shard])
 
     def open(self, shard: int) -> TarReader:
         """See `Tars`.
@@ -113,6 +162,20 @@ class RemoteTars:
         """
         handle = self._copies.open(self._originals[shard], lambda target: self._copy(shard, target))
         return TarReader(self._originals[shard].url, handle)
+
+    def fits(self, shard: int, row: int, data: bytes) -> bool:
+        """See `Tars`."""
+        return xxhash.xxh3_64_intdigest(data) == int(self._digests[shard][row])
+
+    def replace(self, shard: int, reader: TarReader) -> TarReader:
+        """See `Tars`: drops that copy, and fetches another.
+
+        Raises:
+            SourceError: it is there no more, or has changed; or the other copy is damaged, too.
+            StorageError: the store does not answer, or the folder of copies cannot be used.
+        """
+        self._drop(shard, reader)
+        return self._whole(shard)
 
     def _copy(self, shard: int, target: Path) -> None:
         original = self._originals[shard]
@@ -130,6 +193,8 @@ class RemoteTars:
                 f"{original.num_bytes} and {shown(original.version)} when this job began: the tar was changed in "
                 "between. Start again when nothing writes to it any more."
             )
+        self._copies.note(original, CHECKSUM_KIND, file_checksum(target))
+        self._fetched.add(shard)
 
     def read_ahead(self, now: Sequence[int], soon: Sequence[int]) -> None:
         """See `Tars`. As many of `soon` as leave room for what is read now, and for what was until this moment."""

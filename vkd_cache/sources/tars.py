@@ -55,6 +55,18 @@ class Tars(Protocol):
         """
         ...
 
+    def fits(self, shard: int, row: int, data: bytes) -> bool:
+        """Whether `data` is the image that was indexed there, as far as that is known."""
+        ...
+
+    def replace(self, shard: int, reader: TarReader) -> TarReader | None:
+        """Another one to read from, in place of `reader`, whose bytes are damaged; None if there is nothing but these.
+
+        Raises:
+            SourceError: it cannot be had any more, or is damaged again.
+        """
+        ...
+
     def read_ahead(self, now: Sequence[int], soon: Sequence[int]) -> None:
         """Be told which will be read; see the function `read_ahead`."""
         ...
@@ -77,6 +89,14 @@ class LocalTars:
     def open(self, shard: int) -> TarReader:
         """See `Tars`."""
         return TarReader(self._paths[shard])
+
+    def fits(self, shard: int, row: int, data: bytes) -> bool:
+        """Always: of tars that lie here nothing but headers and labels is read to index them."""
+        return True
+
+    def replace(self, shard: int, reader: TarReader) -> TarReader | None:
+        """See `Tars`: nothing."""
+        return None
 
     def read_ahead(self, now: Sequence[int], soon: Sequence[int]) -> None:
         """Nothing: the system reads ahead by itself."""
@@ -125,16 +145,33 @@ class TarSource:
 
     def read(self, shard: int, row: int) -> bytes:
         """The encoded image of sample `row` of shard `shard`; see `Source`."""
-        sample = self._packed.sample(shard, row)
+        check_image_bytes(int(self._num_bytes[self._packed.sample(shard, row)]))
         reader = self._open.get(shard) or self._reader(shard)
+        try:
+            return self._image(reader, shard, row)
+        except SourceError:
+            other = self._tars.replace(shard, reader)
+            if other is None:
+                raise
+        self._open[shard] = other
+        return self._image(other, shard, row)
+
+    def _image(self, reader: TarReader, shard: int, row: int) -> bytes:
+        """The bytes of one image from an open tar, compared with what was indexed."""
+        sample = self._packed.sample(shard, row)
         found, expected = reader.current_bytes(), self._tar_bytes[shard]
         num_bytes = int(self._num_bytes[sample])
-        check_image_bytes(num_bytes)
         data = reader.read(int(self._offsets[sample]), num_bytes) if found == expected else b""
         if found != expected or len(data) != num_bytes:
             raise SourceError(
                 f"{reader.path}: has {found} bytes, and had {expected} when {self.location} was indexed: the tar was "
                 "changed in between. Start again when nothing writes to it any more."
+            )
+        if not self._tars.fits(shard, row, data):
+            raise SourceError(
+                f"{reader.path}: the image of {shown(self.shards[shard].keys[row])} is another one than when the tar "
+                "was indexed, in a copy that was fetched just now and is whole: the tar itself was changed, though its "
+                "size and version are the same, or was damaged in the store. Upload it again."
             )
         return data
 
