@@ -96,7 +96,7 @@ def test_wrong_values_are_all_named(tmp_path: Path) -> None:
         (["eval", "--checkpoint", "x.pt"], ["[source] val (--source)"]),
         (["eval", "--source", "x", "--teacher"], ["[teacher] name (--teacher)"]),
         (["eval", "--cache", "--json"], ["[cache] url (--cache)"]),
-        (["verify", "memory://cache", "--pixels"], ["[source] train (--source)"]),
+        (["verify", "s3://bucket/cache", "--pixels"], ["[source] train (--source)"]),
         (["compare", "--steps", "3"], ["[cache] url (--cache)", "[student] name (--student)", "[teacher] name"]),
     ],
     ids=lambda value: " ".join(value),
@@ -126,8 +126,17 @@ def test_verify_of_something_that_is_neither_cache_nor_pipeline() -> None:
         (CacheMismatchError("cache: b\n  c"), 1, "Error: cache: b\n  c\n"),
         (TeacherError("d"), 1, "Error: d\n"),
         (BrokenImageError("e"), 1, "Error: e\n"),
-        (PermissionError(13, "Permission denied", "/data/x"), 1, "Error: /data/x: Permission denied\n"),
-        (OSError(28, "No space left on device"), 1, "Error: No space left on device\n"),
+        (
+            PermissionError(13, "Permission denied", "/data/x"),
+            1,
+            "Error: /data/x: Permission denied. Give another path, or have the right to use this one.\n",
+        ),
+        (
+            OSError(28, "No space left on device"),
+            1,
+            "Error: No space left on device. What is complete is intact: make room, and run the same command again "
+            "(train: --resume auto).\n",
+        ),
         (ConnectionError(), 1, "Error: ConnectionError\n"),
         (KeyboardInterrupt(), 130, "Error: interrupted.\n"),
         (click.UsageError("f"), 2, "Error: f\n"),

@@ -148,7 +148,8 @@ def _read_torch(path: Path, refusal: Refusal) -> object:
         ) from error
     except _DAMAGE as error:
         raise refusal(
-            f"{path}: neither a safetensors nor a torch file, or a damaged one ({_reason(error)}). Copy or make it again."
+            f"{path}: neither a safetensors nor a torch file, or a damaged one ({_reason(error)}). Copy or make it "
+            "again."
         ) from error
     return content
 

@@ -112,7 +112,8 @@ class Fields:
 
     def __init__(self, body: object, where: str, path: str = "") -> None:
         if not isinstance(body, dict):
-            raise CacheFormatError(f"{where}: {path.rstrip('.') or 'document'}: found {_short(body)}, expected an object.")
+            what = path.rstrip(".") or "document"
+            raise CacheFormatError(f"{where}: {what}: found {_short(body)}, expected an object.")
         self.body: dict[str, Any] = body
         self.where = where
         self.path = path
