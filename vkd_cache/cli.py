@@ -277,7 +277,7 @@ def convert(
         target=target,
         wish=Wish(force=force, **{name: given.get(name) for name in ("backend", "dtype", "block_samples")}),
         shard_size=given.get("shard_size"),
-        images=config.source.train,
+        images=given.get("train", config.source.train if "shard_size" in given else ""),
         views=given.get("count", ""),
     )
     summary = run(request, split, dry_run=dry_run)
@@ -363,9 +363,8 @@ def _require(config: Config, *keys: str) -> None:
             flag = flags.get(f"{section}__{name}")
             missing.append(f"[{section}] {name}" + (f" ({flag})" if flag else ""))
     if missing:
-        raise ConfigError(
-            f"{command.name}: nothing says {', '.join(missing)}. Give the option, or a pipeline file that has it."
-        )
+        ways = "the option, or a" if "(" in "".join(missing) else "another"
+        raise ConfigError(f"{command.name}: nothing says {', '.join(missing)}. Give {ways} pipeline file that has it.")
 
 
 def _is_cache(text: str) -> bool:
@@ -374,6 +373,8 @@ def _is_cache(text: str) -> bool:
     Raises:
         ConfigError: it is neither.
     """
+    if not text:
+        raise ConfigError("CACHE is empty, expected a directory, a URL or a pipeline file.")
     if "://" in text or Path(text).is_dir():
         return True
     try:

@@ -14,7 +14,7 @@ from vkd_cache.fields import checked_value, option
 from vkd_cache.fields import suggestion as suggestion  # of this module for everybody else
 from vkd_cache.pipeline_file import find_pipeline as find_pipeline
 from vkd_cache.pipeline_file import read_toml
-from vkd_cache.urls import check_url
+from vkd_cache.urls import check_place, check_url
 
 # Far beyond any run, and small enough that a stranger's file that asks for as much is refused, not obeyed.
 MAX_VIEWS = 10**6
@@ -290,17 +290,19 @@ def load_config(pipeline: str | None = None, overrides: Mapping[str, Mapping[str
 
 
 def _url_problems(values: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
-    """URLs with credentials, and URLs where only this machine's files will do."""
+    """URLs with credentials or mistyped ones, and URLs where only this machine's files will do."""
     for section, fields in values.items():
         for name, value in fields.items():
-            if not isinstance(value, str) or "://" not in value:
+            if not isinstance(value, str) or ":" not in value:
                 continue
             try:
                 check_url(value, f"[{section}] {name}")
+                if (section, name) in _MAY_BE_URLS:
+                    check_place(value, f"[{section}] {name}")
             except ConfigError as error:
                 yield str(error)
             else:
-                if (section, name) not in _MAY_BE_URLS:
+                if (section, name) not in _MAY_BE_URLS and "://" in value:
                     yield (
                         f"[{section}] {name}: found '{value}', expected a path of this machine. Only data and caches "
                         "can be behind URLs."

@@ -13,6 +13,7 @@ import os
 import stat
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from vkd_cache.cache.storage import TEMPORARY
@@ -38,6 +39,8 @@ class LocalStorage:
         """See `Storage.put`."""
         target = self._place(path)
         self._make_directory(target.parent)
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder is where a file has to go", str(target))
         for _ in range(_ATTEMPTS):
             handle, temporary = self._open_temporary()
             try:
@@ -59,11 +62,8 @@ class LocalStorage:
         place = self.root / path
         if path.startswith("units/"):
             self._await(place)  # a record has named it
-        # without waiting: a pipe in a stranger's cache may have nobody at its other end
-        with open(os.open(place, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:  # noqa: PTH123 - a handle
+        with open(_open_plain(place), "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise CorruptCacheError(f"{place}: is no plain file, expected one. Restore it from a copy.")
             if most_bytes is not None and status.st_size > most_bytes:
                 raise CorruptCacheError(
                     f"{place}: found {status.st_size} bytes, at most {most_bytes} can be right. Restore it from a copy."
@@ -87,14 +87,56 @@ class LocalStorage:
         pending = [prefix]
         while pending:
             folder = pending.pop()
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / folder) as entries:
-                for entry in entries:
-                    path = f"{folder}/{entry.name}" if folder else entry.name
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(path)
-                    else:
-                        found.append(path)
+            for entry in self._entries(folder):
+                path = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(path)
+                else:
+                    found.append(path)
         return sorted(found)
+
+    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
+        """What is in a folder; nothing where there is none, or something else."""
+        try:
+            with os.scandir(self.root / folder) as entries:
+                return list(entries)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return []
+            raise
+
+    def obstacles(self, kind_of: Callable[[str], str]) -> list[str]:
+        """See `Storage.obstacles`. A link to a folder is one for reading, and no obstacle."""
+        found: list[str] = []
+        pending = [""]
+        while pending:
+            folder = pending.pop()
+            for entry in self._entries(folder):
+                path = f"{folder}/{entry.name}" if folder else entry.name
+                is_folder = entry.is_dir(follow_symlinks=False)
+                wanted = kind_of(path)
+                if (wanted == "file" and is_folder) or (wanted == "folder" and not Path(entry.path).is_dir()):
+                    found.append(path)
+                elif is_folder:
+                    pending.append(path)
+        return sorted(found)
+
+    def delete_empty(self, path: str) -> bool:
+        """See `Storage.delete_empty`."""
+        place = self._place(path)
+        with contextlib.suppress(FileNotFoundError):
+            if place.is_dir() and not place.is_symlink():
+                try:
+                    place.rmdir()
+                except OSError as error:
+                    if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                        return False
+                    raise
+            elif place.is_symlink() or not place.stat().st_size:
+                place.unlink()
+            else:
+                return False
+        return True
 
     def delete(self, path: str) -> None:
         """See `Storage.delete`."""
@@ -179,9 +221,37 @@ class LocalStorage:
         if directory.is_dir():
             return
         missing = [directory, *(parent for parent in directory.parents if not parent.exists())]
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:  # elsewhere this says that another writer was first
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory)) from error
         for made in missing:
             sync_directory(made.parent)
+
+
+def _open_plain(place: Path) -> int:
+    """A handle of a file, to read.
+
+    Raises:
+        CorruptCacheError: something else is there: a folder, a pipe, a link to nothing, or a file for a folder.
+        OSError: it cannot be opened.
+    """
+    cure = "Restore it from a copy, or run `vkd-cache verify --repair`."
+    try:
+        # without waiting: a pipe in a stranger's cache may have nobody at its other end
+        handle = os.open(place, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP or (error.errno == errno.ENOENT and place.is_symlink()):
+            raise CorruptCacheError(f"{place}: is a link that leads nowhere, expected a plain file. {cure}") from error
+        if error.errno == errno.ENOTDIR:
+            raise CorruptCacheError(f"{place}: a file is where one of its folders should be. {cure}") from error
+        raise
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return handle
+    os.close(handle)
+    found = "is a folder" if stat.S_ISDIR(mode) else "is no plain file"
+    raise CorruptCacheError(f"{place}: {found}, expected a plain file. {cure}")
 
 
 def _umask(folder: Path) -> int:

@@ -1,5 +1,7 @@
 """A cache behind a URL that fsspec knows, such as `s3://bucket/cache`: a put is atomic by itself."""
 
+from collections.abc import Callable
+
 from vkd_cache.errors import CorruptCacheError
 from vkd_cache.remote import RemoteFiles, open_remote
 
@@ -42,6 +44,14 @@ class RemoteStorage:
     def paths(self, prefix: str) -> list[str]:
         """See `Storage.paths`: one request per thousand objects."""
         return self.files.paths(prefix)
+
+    def obstacles(self, kind_of: Callable[[str], str]) -> list[str]:
+        """See `Storage.obstacles`: an object store has no folders, so there are none."""
+        return []
+
+    def delete_empty(self, path: str) -> bool:
+        """See `Storage.delete_empty`: what is not there is gone."""
+        return not self.files.exists(path)
 
     def delete(self, path: str) -> None:
         """See `Storage.delete`."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from vkd_cache.cache.check import Fault, Finding, check_head, check_unit
 from vkd_cache.cache.reader import Cache
-from vkd_cache.cache.units import UnitId, files_of_unit, record_path
+from vkd_cache.cache.units import UnitId, files_of_unit, kind_of, record_path
 from vkd_cache.errors import CacheError
 
 _ROUNDS = 10
@@ -26,7 +26,8 @@ class Dropped:
     """Something that was taken out of a cache.
 
     Attributes:
-        kind: `unit`, `head`, or `leftover` of a writer that died.
+        kind: `unit`, `head`, `leftover` of a writer that died, or `obstacle`: an empty folder for a file, or the
+            other way round.
         where: path from the cache's root, a unit's of its record.
         reason: what was wrong with it.
     """
@@ -85,3 +86,19 @@ def drop_leftovers(cache: Cache) -> list[Dropped]:
         cache.storage.delete(path)
         dropped.append(Dropped(kind="leftover", where=path, reason="left by a writer that died."))
     return dropped
+
+
+def drop_obstacles(cache: Cache) -> tuple[list[Dropped], list[str]]:
+    """Take out empty folders in the place of files, and empty files in that of folders.
+
+    Returns:
+        What went, and the paths of those that stay because something is in them.
+    """
+    dropped, kept = [], []
+    for path in cache.storage.obstacles(kind_of):
+        if cache.storage.delete_empty(path):
+            reason = f"stood where {'a file' if kind_of(path) == 'file' else 'a folder'} belongs."
+            dropped.append(Dropped(kind="obstacle", where=path, reason=reason))
+        else:
+            kept.append(path)
+    return dropped, kept

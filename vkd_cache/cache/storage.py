@@ -4,6 +4,7 @@ A newcomer's trap: a reader may list and read at any moment while others write, 
 Locally that is temporary file, fsync, rename, fsync of the directory; an object store's put is atomic by itself.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -48,6 +49,14 @@ class Storage(Protocol):
 
     def paths(self, prefix: str) -> list[str]:
         """Sorted paths of all files below the folder `prefix` ('' for all); empty if it does not exist."""
+        ...
+
+    def obstacles(self, kind_of: Callable[[str], str]) -> list[str]:
+        """Sorted paths of folders where `kind_of(path)` is `file`, and of what is none where it is `folder`."""
+        ...
+
+    def delete_empty(self, path: str) -> bool:
+        """Remove an empty folder, an empty file or a link; False if there is something in it, which stays."""
         ...
 
     def delete(self, path: str) -> None:

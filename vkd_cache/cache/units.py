@@ -78,7 +78,18 @@ def unit_path(unit: UnitId, backend: str, digest: str) -> str:
 def files_of_unit(unit: UnitId, paths: Iterable[str]) -> list[str]:
     """Those of `paths` that are files of this unit, named by a record or not."""
     start = f"units/view-{unit.view:04d}/shard-{unit.shard:06d}-"
-    return [path for path in paths if path.startswith(start)]
+    return [path for path in paths if path.startswith(start) and "/" not in path.removeprefix(start)]
+
+
+_FOLDER = re.compile(r"records|units|runs|\.incomplete|(records|units)/view-\d{4,10}")
+_FILE = re.compile(r"manifest\.json|head-\w+\.safetensors|(records|units)/view-\d{4,10}/shard-[\w-]+\.(json|zip|tar)")
+
+
+def kind_of(path: str) -> str:
+    """What a path from the cache's root stands for: `folder`, `file`, or nothing that a cache knows: ''."""
+    if _FOLDER.fullmatch(path):
+        return "folder"
+    return "file" if _FILE.fullmatch(path) else ""
 
 
 def record_path(unit: UnitId) -> str:

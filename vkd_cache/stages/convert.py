@@ -11,7 +11,6 @@ import itertools
 import json
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 
 from vkd_cache import console
 from vkd_cache.cache.reader import Cache, find_cache, open_cache
@@ -24,7 +23,9 @@ from vkd_cache.runtime import JobSplit, hardware, library_versions
 from vkd_cache.stages.convert_cut import Cut, new_cut, same_cut
 from vkd_cache.stages.convert_job import ConvertJob, ConvertSummary
 from vkd_cache.stages.convert_plan import ConvertPlan, Wish
+from vkd_cache.stages.target import refuse_foreign_folder, refuse_overlap
 from vkd_cache.stages.units import units_of_worker
+from vkd_cache.urls import check_place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,17 +53,20 @@ def convert(request: ConvertRequest, split: JobSplit, *, dry_run: bool = False) 
     """Make this worker's missing units of the target.
 
     Raises:
-        ConfigError: the target is the source, a step that pretends precision, or a cut that cannot be made.
+        ConfigError: the target is the source, or in it, a step that pretends precision, or a cut that cannot be made.
         SourceError: the data set for another cut cannot be opened.
         CacheError: the source cannot be read, the target is another cache, or cannot be written.
     """
     started = time.monotonic()
+    _check_request(request)
     source = open_cache(request.source)
-    _refuse_same_place(source, request.target)
+    refuse_overlap(source.url, request.target)
     cut = same_cut(source.manifest)
     if request.shard_size is not None:
         cut = new_cut(source, request.images, request.shard_size)
     existing = find_cache(request.target)
+    if existing is None:
+        refuse_foreign_folder(request.target, "TARGET")
     asked, ready = _units(source, cut, request.views, split)
     plan = ConvertPlan(source=source, url=request.target, cut=cut, units=ready, wish=request.wish)
     manifest = Manifest.from_json(plan.manifest().to_json())
@@ -72,15 +76,20 @@ def convert(request: ConvertRequest, split: JobSplit, *, dry_run: bool = False) 
         source=source.url,
         target=request.target,
         fingerprint=manifest.fingerprint(),
+        dry_run=dry_run,
+        target_exists=existing is not None,
+        backend=manifest.backend,
+        shards=manifest.num_shards,
         units_waiting=len(asked) - len(todo),
         codecs=_codecs(source.manifest, manifest),
     )
     if dry_run:
         if existing is not None:
             check_same(existing.url, existing.manifest, manifest)
-        missing = _unpublished(existing, todo)
-        _show(summary, manifest, existing is not None, len(missing))
-        return dataclasses.replace(summary, units_skipped=len(todo) - len(missing), seconds=time.monotonic() - started)
+        num_missing = len(_unpublished(existing, todo))
+        summary = dataclasses.replace(summary, units_to_convert=num_missing, units_skipped=len(todo) - num_missing)
+        _show(summary)
+        return dataclasses.replace(summary, seconds=time.monotonic() - started)
 
     writer = start_cache(request.target, manifest, source.head_file())
     missing = _unpublished(writer.cache, todo)
@@ -91,6 +100,7 @@ def convert(request: ConvertRequest, split: JobSplit, *, dry_run: bool = False) 
     summary = dataclasses.replace(
         summary,
         **job.counts(),
+        units_to_convert=len(missing),
         units_skipped=len(todo) - len(missing),
         leftovers=len(writer.leftovers),
         seconds=time.monotonic() - started,
@@ -100,13 +110,18 @@ def convert(request: ConvertRequest, split: JobSplit, *, dry_run: bool = False) 
     return summary
 
 
-def _refuse_same_place(source: Cache, target: str) -> None:
-    places = [source.url, target]
-    if all("://" not in place.removeprefix("file://") for place in places):
-        places = [str(Path(place.removeprefix("file://")).expanduser().resolve()) for place in places]
-    if len({place.rstrip("/") for place in places}) == 1:
+def _check_request(request: ConvertRequest) -> None:
+    """What can be said against a request before anything is opened.
+
+    Raises:
+        ConfigError: no target, one that is no place for a cache, or a data set that nothing needs.
+    """
+    if not request.target:
+        raise ConfigError("convert: TARGET is empty, expected a directory or a URL.")
+    check_place(request.target, "TARGET")
+    if request.images and request.shard_size is None:
         raise ConfigError(
-            f"{target}: is the cache that is to be converted, and that one is only read. Give another TARGET."
+            f"--source: found {request.images}, which only a new --shard-size needs. Give both, or neither."
         )
 
 
@@ -134,13 +149,13 @@ def _codecs(source: Manifest, target: Manifest) -> dict[str, str]:
     }
 
 
-def _show(summary: ConvertSummary, manifest: Manifest, exists: bool, num_missing: int) -> None:
+def _show(summary: ConvertSummary) -> None:
     rows = [
         ("source", summary.source),
-        ("target", f"{summary.target} ({manifest.backend}), " + ("exists" if exists else "new")),
+        ("target", f"{summary.target} ({summary.backend}), " + ("exists" if summary.target_exists else "new")),
         ("nodes", ", ".join(f"{name} {codec}" for name, codec in summary.codecs.items())),
-        ("shards", str(manifest.num_shards)),
-        ("units to convert", str(num_missing)),
+        ("shards", str(summary.shards)),
+        ("units to convert", str(summary.units_to_convert)),
         ("units that the source lacks", str(summary.units_waiting)),
     ]
     console.show_table("convert, dry run: nothing is written", ("what", "value"), rows)

@@ -26,6 +26,7 @@ from vkd_cache.stages.extract_checks import check_fit, nodes_to_store
 from vkd_cache.stages.extract_job import ExtractJob, ExtractSummary
 from vkd_cache.stages.extract_plan import ExtractPlan
 from vkd_cache.stages.ranks import take_device
+from vkd_cache.stages.target import refuse_foreign_folder
 from vkd_cache.stages.teaching import TeacherRun, start_teacher
 from vkd_cache.stages.units import units_of_worker
 from vkd_cache.teachers import DetectionTeacher, Teacher, load_teacher
@@ -47,6 +48,8 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
     recipe = make_recipe(config.views)
     check_fit(config, source, recipe)
     existing = find_cache(config.cache.url)
+    if existing is None:
+        refuse_foreign_folder(config.cache.url, "--cache")
     device = take_device(config.extract.device, split.local_index)
     nodes = nodes_to_store(config.cache, source)
     teacher = load_teacher(config.teacher, nodes=nodes, num_classes=source.num_classes, view_px=recipe.size_px)

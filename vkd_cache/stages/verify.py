@@ -11,6 +11,7 @@ A newcomer's trap: a unit that is not published is no error, for a cache may gro
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from typing import Any
 
@@ -245,10 +246,22 @@ def _check_units(cache: Cache, level: Level) -> _Units:
                 if not faults:
                     _count(found, unit, record)
     found.checked = len(units)
-    for view, shards in cache.published().items():
+    _note_missing(cache, level)
+    return found
+
+
+def _note_missing(cache: Cache, level: Level) -> None:
+    """Units that are not published: no error, for a cache may grow."""
+    published = cache.published()
+    for view, shards in published.items():
         if len(shards) < cache.manifest.num_shards:
             level.note(MANIFEST_PATH, f"view {view}: {len(shards)} of {cache.manifest.num_shards} units are published.")
-    return found
+    for before, view in itertools.pairwise([-1, *published]):
+        if view - before > 1:
+            which = f"view {view - 1}" if view - before == 2 else f"views {before + 1} to {view - 1}"
+            level.note(MANIFEST_PATH, f"{which}: no unit is published, though view {view} has some.")
+    if not published:
+        level.note(MANIFEST_PATH, "no unit is published.")
 
 
 def _count(found: _Units, unit: UnitId, record: UnitRecord) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from vkd_cache import console
 from vkd_cache.cache.check import Fault
 from vkd_cache.cache.reader import MANIFEST_PATH, Cache
-from vkd_cache.cache.repair import Dropped, drop_head, drop_leftovers, drop_unit
+from vkd_cache.cache.repair import Dropped, drop_head, drop_leftovers, drop_obstacles, drop_unit
 from vkd_cache.cache.units import UnitId
 
 
@@ -44,6 +44,11 @@ class Repair:
                 again = f"the same `vkd-cache convert` into {url} again"
             again = again or f"the same `vkd-cache extract` with --cache {url} again (runs/ there has its settings)"
             sentences.insert(0, f"Dropped {' and '.join(parts)}. Next: {again}; it makes these and nothing else.")
+        if "obstacle" in kinds:
+            sentences.append(
+                f"Removed {_counted(kinds.count('obstacle'), 'empty thing')} in the way of the cache's own: the same "
+                "extraction makes what belongs there."
+            )
         if "leftover" in kinds:
             sentences.append(f"Removed {_counted(kinds.count('leftover'), 'file')} of writers that died.")
         return " ".join(sentences)
@@ -84,6 +89,9 @@ def repair_cache(cache: Cache, bad: Mapping[UnitId, frozenset[Fault]], *, num_ow
         if gone is not None:
             console.warn(f"{cache.url}: dropped {gone.where}: {gone.reason}")
             dropped.append(gone)
+    removed, in_the_way = drop_obstacles(cache)
+    dropped += removed
+    kept += [f"Kept {cache.url}/{path}, in which there is something: move it away." for path in in_the_way]
     if head is not None:
         console.warn(f"{cache.url}: dropped {head.where}: {head.reason}")
         dropped.append(head)
