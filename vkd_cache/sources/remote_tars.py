@@ -34,7 +34,7 @@ from vkd_cache.sources.kept_index import (
     tar_checksum,
 )
 from vkd_cache.sources.keys import shown
-from vkd_cache.sources.read_ahead import ReadAhead
+from vkd_cache.sources.tar_ahead import ReadAhead
 from vkd_cache.sources.tar_index import TarIndex, index_tar
 from vkd_cache.sources.tar_members import TarReader
 
