@@ -296,6 +296,7 @@ def containers(model: nn.Module) -> dict[str, Any]:
         "both": {f"module.{name}": value for name, value in compiled.items()},
         "ours": {
             "format": "vkd-cache checkpoint",
+            "version": 2,
             "student": {f"net.{name}": value for name, value in state.items()} | {"projector.weight": torch.ones(2)},
             "ema": None,
             "config": {"student": {"name": "test_resnet"}},

@@ -14,6 +14,7 @@ import os
 import queue
 import signal
 import socket
+import sys
 import threading
 import traceback
 from collections import deque
@@ -23,6 +24,7 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
+from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import torch
@@ -207,6 +209,7 @@ def _work(work: Callable[[Any], Any], line: Connection) -> None:
     """What a worker process does until the main process hangs up."""
     # both often go to a whole group of processes, and the main one decides when workers stop: see _signals_held_back
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    sys.excepthook = _unless_hung_up
     torch.set_num_threads(1)
     gc.freeze()  # or the collector writes to the pages that are shared with the server: a copy of 44 MiB a worker
     tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -218,6 +221,12 @@ def _work(work: Callable[[Any], Any], line: Connection) -> None:
             line.send_bytes(message)
         except ConnectionError:
             os._exit(0)
+
+
+def _unless_hung_up(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    # of the thread that hands tensors over: a main process that stops in the middle of one is no news
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _answer(work: Callable[[Any], Any], task: object) -> Any:
