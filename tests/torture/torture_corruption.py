@@ -9,7 +9,6 @@ same extraction makes the cache what it was, to the byte. Every third round two 
 and repairs go on while they publish.
 """
 
-import argparse
 import contextlib
 import itertools
 import multiprocessing
@@ -20,11 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import for_minutes
 from extract_jobs import contents, extract_alone
 from repair_jobs import repair
 
@@ -38,18 +37,6 @@ MakeConfig = Callable[..., Config]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["vkd_cache.stages.extract"])
 PAGE = 4096
-
-
-class Minutes:
-    """A plugin that hands the command line's option to the test below."""
-
-    def __init__(self, minutes: float) -> None:
-        self._minutes = minutes
-
-    @pytest.fixture
-    def until(self) -> float:
-        """When to stop, by the monotonic clock."""
-        return time.monotonic() + 60 * self._minutes
 
 
 def test_corruption_for_minutes(tiny_config: MakeConfig, tmp_path: Path, until: float) -> None:
@@ -158,8 +145,4 @@ def repaired_meanwhile(config: Config, url: Path, rng: np.random.Generator) -> i
 
 
 if __name__ == "__main__":
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--minutes", type=float, default=10.0, help="how long; default: 10")
-    arguments = [__file__, "-s", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    arguments += ["-o", "faulthandler_timeout=0"]
-    sys.exit(pytest.main(arguments, plugins=[Minutes(options.parse_args().minutes)]))
+    for_minutes.main(__file__, __doc__)

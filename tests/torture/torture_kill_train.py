@@ -8,33 +8,20 @@ of a whole run, and lets it finish. After each kill the checkpoints load; at the
 a run that nobody killed, to the last bit. A round takes minutes; the last one is cut short.
 """
 
-import argparse
 import itertools
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import for_minutes
 from kill_server import KillServer
 from test_kill_train import KilledRun, assert_same_run, pipeline_file, server, whole
 
 __all__ = ["pipeline_file", "server", "whole"]  # fixtures
-
-
-class Minutes:
-    """A plugin that hands the command line's option to the test below."""
-
-    def __init__(self, minutes: float) -> None:
-        self._minutes = minutes
-
-    @pytest.fixture
-    def until(self) -> float:
-        """When to stop, by the monotonic clock."""
-        return time.monotonic() + 60 * self._minutes
 
 
 def test_kill_for_minutes(
@@ -71,8 +58,4 @@ def folder(parent: Path, name: str) -> Path:
 
 
 if __name__ == "__main__":
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--minutes", type=float, default=10.0, help="how long; default: 10")
-    arguments = [__file__, "-s", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    arguments += ["-o", "faulthandler_timeout=0"]
-    sys.exit(pytest.main(arguments, plugins=[Minutes(options.parse_args().minutes)]))
+    for_minutes.main(__file__, __doc__)

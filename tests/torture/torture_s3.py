@@ -8,7 +8,6 @@ cache in a folder. Then it verifies that cache, trains from it behind the same f
 weights, losses and bytes are those of the folder. A round takes half a minute; the last one is finished.
 """
 
-import argparse
 import itertools
 import sys
 import time
@@ -16,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import for_minutes
 from extract_jobs import contents
 from fault_proxy import FAULTS, FaultProxy
 from remote_jobs import remote_contents, start_extract
@@ -37,18 +36,6 @@ from vkd_cache.stages.verify import VerifyRequest, verify
 
 __all__ = ["proxy"]  # a fixture
 MakeConfig = Callable[..., Config]
-
-
-class Minutes:
-    """A plugin that hands the command line's option to the test below."""
-
-    def __init__(self, minutes: float) -> None:
-        self._minutes = minutes
-
-    @pytest.fixture
-    def until(self) -> float:
-        """When to stop, by the monotonic clock."""
-        return time.monotonic() + 60 * self._minutes
 
 
 def test_s3_for_minutes(
@@ -111,8 +98,4 @@ def extract_by_mortals(config: Config, rng: np.random.Generator, said: Path) -> 
 
 
 if __name__ == "__main__":
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--minutes", type=float, default=10.0, help="how long; default: 10")
-    arguments = [__file__, "-s", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    arguments += ["-o", "faulthandler_timeout=0"]
-    sys.exit(pytest.main(arguments, plugins=[Minutes(options.parse_args().minutes)]))
+    for_minutes.main(__file__, __doc__)
