@@ -8,21 +8,20 @@ since, and may be shared out over processes like an extraction. The source is on
 
 import dataclasses
 import itertools
-import json
 import time
-from datetime import UTC, datetime
 
 from vkd_cache import console
 from vkd_cache.cache.reader import Cache, find_cache, open_cache
 from vkd_cache.cache.schema import Manifest
 from vkd_cache.cache.units import UnitId
-from vkd_cache.cache.writer import CacheWriter, check_same, start_cache
+from vkd_cache.cache.writer import check_same, start_cache
 from vkd_cache.config import parse_view_range
 from vkd_cache.errors import ConfigError
-from vkd_cache.runtime import JobSplit, hardware, library_versions
+from vkd_cache.runtime import JobSplit
 from vkd_cache.stages.convert_cut import Cut, new_cut, same_cut
 from vkd_cache.stages.convert_job import ConvertJob, ConvertSummary
 from vkd_cache.stages.convert_plan import ConvertPlan, Wish
+from vkd_cache.stages.run_log import RunLog
 from vkd_cache.stages.target import refuse_foreign_folder, refuse_overlap
 from vkd_cache.stages.units import units_of_worker
 from vkd_cache.urls import check_place
@@ -93,8 +92,7 @@ def convert(request: ConvertRequest, split: JobSplit, *, dry_run: bool = False) 
 
     writer = start_cache(request.target, manifest, source.head_file())
     missing = _unpublished(writer.cache, todo)
-    log_name = f"convert-{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{split.index}of{split.count}.json"
-    _write_run_log(log_name, writer, request, split, None)
+    log = RunLog(writer, "convert", split, {"request": dataclasses.asdict(request)})
     job = ConvertJob(source, cut, writer)
     job.do(missing)
     summary = dataclasses.replace(
@@ -105,7 +103,7 @@ def convert(request: ConvertRequest, split: JobSplit, *, dry_run: bool = False) 
         leftovers=len(writer.leftovers),
         seconds=time.monotonic() - started,
     )
-    _write_run_log(log_name, writer, request, split, summary)
+    log.finish(summary.to_json())
     _say_summary(summary)
     return summary
 
@@ -159,24 +157,6 @@ def _show(summary: ConvertSummary) -> None:
         ("units that the source lacks", str(summary.units_waiting)),
     ]
     console.show_table("convert, dry run: nothing is written", ("what", "value"), rows)
-
-
-def _write_run_log(
-    name: str, writer: CacheWriter, request: ConvertRequest, split: JobSplit, summary: ConvertSummary | None
-) -> None:
-    """Write what this run was asked for, and at its end what it did, beside the target."""
-    document = {
-        "command": "convert",
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "request": dataclasses.asdict(request),
-        "worker": dataclasses.asdict(split),
-        "fingerprint": writer.manifest.fingerprint(),
-        "versions": library_versions(),
-        "hardware": hardware(),
-        "removed": list(writer.leftovers),
-        "summary": summary.to_json() if summary else None,
-    }
-    writer.write_run_log(name, json.dumps(document, indent=2).encode())
 
 
 def _say_summary(summary: ConvertSummary) -> None:

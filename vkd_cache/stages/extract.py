@@ -7,25 +7,23 @@ on one cache: each takes every N-th unit. Jobs that take the same units are safe
 """
 
 import dataclasses
-import json
-import os
 import time
-from datetime import UTC, datetime
 
 from vkd_cache import console
 from vkd_cache.cache.reader import Cache, find_cache
 from vkd_cache.cache.schema import Manifest
 from vkd_cache.cache.units import UnitId
-from vkd_cache.cache.writer import CacheWriter, create_cache
+from vkd_cache.cache.writer import create_cache
 from vkd_cache.config import Config, config_to_json, parse_view_range
 from vkd_cache.errors import ConfigError
-from vkd_cache.runtime import JobSplit, hardware, library_versions
+from vkd_cache.runtime import JobSplit
 from vkd_cache.sources import Source, open_source
 from vkd_cache.stages.copying import copies_of
 from vkd_cache.stages.extract_checks import check_fit, nodes_to_store
 from vkd_cache.stages.extract_job import ExtractJob, ExtractSummary
 from vkd_cache.stages.extract_plan import ExtractPlan
 from vkd_cache.stages.ranks import take_device
+from vkd_cache.stages.run_log import RunLog
 from vkd_cache.stages.target import refuse_foreign_folder
 from vkd_cache.stages.teaching import TeacherRun, start_teacher
 from vkd_cache.stages.units import units_of_worker
@@ -67,11 +65,9 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
     writer = create_cache(config.cache.url, plan.manifest(existing), teacher.head_tensors())
     todo = _unpublished(writer.cache, units)
     _warn_of_batch_size(writer.manifest, run)
-    # the process too: jobs that are started together begin within a microsecond
-    log_name = f"extract-{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{os.getpid()}-{split.index}of{split.count}.json"
     if writer.leftovers:
         console.say(f"extract: removed {_counted(len(writer.leftovers), 'leftover')} of killed writers")
-    _write_run_log(log_name, writer, config, split, None)
+    log = RunLog(writer, "extract", split, {"config": config_to_json(config)})
     job = ExtractJob(config, source, recipe, run, writer)
     job.do(todo)
     summary = dataclasses.replace(
@@ -80,7 +76,7 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
         leftovers=len(writer.leftovers),
         seconds=time.monotonic() - started,
     )
-    _write_run_log(log_name, writer, config, split, summary)
+    log.finish(summary.to_json())
     _say_summary(config, summary)
     return summary
 
@@ -131,24 +127,6 @@ def _warn_of_batch_size(manifest: Manifest, run: TeacherRun) -> None:
             f"the cache was begun with batches of {stored}, this run uses {run.batch_size}: features may differ from "
             "those of an unbroken run in the last bits of a float32."
         )
-
-
-def _write_run_log(
-    name: str, writer: CacheWriter, config: Config, split: JobSplit, summary: ExtractSummary | None
-) -> None:
-    """Write what this run was asked for, and at its end what it did, beside the cache."""
-    document = {
-        "command": "extract",
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "config": config_to_json(config),
-        "worker": dataclasses.asdict(split),
-        "fingerprint": writer.manifest.fingerprint(),
-        "versions": library_versions(),
-        "hardware": hardware(),
-        "removed": list(writer.leftovers),
-        "summary": summary.to_json() if summary else None,
-    }
-    writer.write_run_log(name, json.dumps(document, indent=2).encode())
 
 
 def _say_summary(config: Config, summary: ExtractSummary) -> None:
