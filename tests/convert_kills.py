@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from cache_samples import make_columns, make_manifest, make_node, make_values
+from conftest import PRELOAD
 from extract_jobs import contents
 
 from vkd_cache.cache.reader import find_cache
@@ -26,8 +27,7 @@ from vkd_cache.stages.convert import ConvertRequest, convert
 from vkd_cache.stages.convert_plan import Wish
 
 CONTEXT = multiprocessing.get_context("forkserver")
-# not this module: a server of another folder does not find it
-CONTEXT.set_forkserver_preload(["vkd_cache.stages.convert", "vkd_cache.stages.extract"])
+CONTEXT.set_forkserver_preload(PRELOAD)
 PATIENCE_S = 240.0  # of a busy machine
 FILE_STEPS = frozenset({"open", "os.link", "os.rename", "os.remove", "os.mkdir", "tempfile.mkstemp", "os.chmod"})
 NUM_UNITS = 4

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from conftest import PRELOAD
 from extract_jobs import extract_alone
 from s3_server import S3Server
 
@@ -13,7 +14,7 @@ from vkd_cache.config import Config
 from vkd_cache.runtime import JobSplit
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["vkd_cache.stages.extract"])
+_CONTEXT.set_forkserver_preload(PRELOAD)
 
 
 def start_extract(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cache_samples import make_columns, make_manifest, make_values
+from conftest import PRELOAD
 
 from vkd_cache.cache.check import check_structure
 from vkd_cache.cache.reader import open_cache
@@ -102,7 +103,7 @@ def join(root: str, seed: int, start: "multiprocessing.synchronize.Barrier", res
 @pytest.mark.parametrize("seeds", [(1,) * 6, (1, 2) * 3], ids=["same", "different"])
 def test_processes_that_start_together_agree_on_one_manifest(tmp_path: Path, seeds: tuple[int, ...]) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vkd_cache.cache.writer"])
+    context.set_forkserver_preload(PRELOAD)
     start, results = context.Barrier(len(seeds)), context.Queue()
     processes = [context.Process(target=join, args=(str(tmp_path), seed, start, results)) for seed in seeds]
     for process in processes:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import PRELOAD
 from extract_jobs import contents
 from train_runs import pipeline
 from worker_jobs import answer, failing, leave_open, pool_of, processes, unlike_the_others
@@ -166,6 +167,8 @@ def test_a_killed_server_is_no_loss(beside: bool) -> None:
         error = bounded(lambda: list(results))
     assert str(error).startswith("digits: a data worker process died (cause unknown). If it happens again: use fewer")
     wait_until(lambda: all(map(gone, pids)))
+    CONTEXT.set_forkserver_preload(PRELOAD)  # for the tests that follow
+    forkserver.ensure_running()
 
 
 def server_pid() -> int:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from coco_samples import NUM_COCO_TRAIN
+from conftest import PRELOAD
 from detection_jobs import (
     NUM_CLASSES,
     SHARD_SIZE,
@@ -47,7 +48,7 @@ NUM_SHARDS = NUM_COCO_TRAIN // SHARD_SIZE
 NO_SPLIT = JobSplit()
 BACKENDS = pytest.mark.parametrize("backend", ["zarr", "webdataset"])
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["vkd_cache.stages.extract"])
+CONTEXT.set_forkserver_preload(PRELOAD)
 
 
 @pytest.fixture(scope="module")

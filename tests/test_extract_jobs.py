@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from conftest import NUM_TRAIN
+from conftest import NUM_TRAIN, PRELOAD
 from extract_jobs import contents, extract_alone
 
 from vkd_cache.cache.reader import open_cache
@@ -23,7 +23,7 @@ from vkd_cache.stages.extract import extract
 MakeConfig = Callable[..., Config]
 PATIENCE_S = 240.0  # of a busy machine; an idle one needs seconds
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["vkd_cache.stages.extract"])
+CONTEXT.set_forkserver_preload(PRELOAD)
 
 
 def start(config: Config, said: Path, split: JobSplit | None = None, max_file_bytes: int = 0) -> BaseProcess:
