@@ -21,7 +21,7 @@ from vkd_cache.config import Config
 from vkd_cache.runtime import JobSplit
 from vkd_cache.stages.extract import extract
 from vkd_cache.stages.extract_job import MAX_UNITS_WAITING
-from vkd_cache.stages.extract_order import UnitOrder
+from vkd_cache.stages.unit_order import UnitOrder
 
 MakeConfig = Callable[..., Config]
 SHARDS, VIEWS = 4, 8

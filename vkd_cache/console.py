@@ -269,3 +269,8 @@ def _live_area() -> Iterator[RichProgress]:
             yield live
         finally:
             _live = None
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 unit`, `2 units`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -5,7 +5,7 @@ them, the next one overwrites or removes them, and no reader ever looks at them.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -75,8 +75,9 @@ def check_layout(cache: Cache, dataset: Mapping[str, Any] | None = None) -> Iter
             "it is empty; else move it away.",
         )
     abandoned = frozenset(cache.storage.abandoned())
-    published = set(_unit_files(cache))
-    for path in cache.storage.paths(""):
+    paths = cache.storage.paths("")
+    published = set(_unit_files(cache, paths))
+    for path in paths:
         finding = _stray(path, cache, published, abandoned)
         if finding is not None and path not in obstacles:
             yield finding
@@ -99,13 +100,13 @@ def _text(error: Exception) -> str:
     return f"{where}cannot be read ({error.strerror or error}). What is in it nobody knows: try again, as its owner."
 
 
-def _unit_files(cache: Cache) -> Iterator[str]:
-    """Files of the units; where a record cannot be read, as `check_unit` says, all that may be its unit's."""
+def _unit_files(cache: Cache, paths: Sequence[str]) -> Iterator[str]:
+    """Those of `paths` that are units' files; where a record cannot be read (`check_unit` says so), all of its unit."""
     for unit in cache.units:
         try:
             yield cache.record(*unit).files[0][0]
         except (CacheError, OSError):
-            yield from files_of_unit(unit, cache.storage.paths(f"units/view-{unit.view:04d}"))
+            yield from files_of_unit(unit, paths)
 
 
 def _stray(path: str, cache: Cache, published: set[str], abandoned: frozenset[str]) -> Finding | None:
@@ -131,7 +132,7 @@ def check_unit(cache: Cache, unit: UnitId) -> Iterator[Finding]:
     try:
         record = cache.record(*unit)
         path = record.files[0][0]
-        content = cache.read(*unit)
+        content = Unit(unit, cache.manifest, cache.read_arrays(record))
     except IncompleteCacheError:
         yield Finding(where=path, message="was published a moment ago, and is not any more.", is_error=False)
         return

@@ -13,7 +13,7 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vkd_cache.cache.storage import TEMPORARY
@@ -83,7 +83,10 @@ class LocalStorage:
 
     def paths(self, prefix: str) -> list[str]:
         """See `Storage.paths`."""
-        found: list[str] = []
+        return sorted(path for path, entry in self._walk(prefix) if not entry.is_dir(follow_symlinks=False))
+
+    def _walk(self, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """Everything below a folder, folders too, by its path from the root; links are not followed."""
         pending = [prefix]
         while pending:
             folder = pending.pop()
@@ -91,9 +94,7 @@ class LocalStorage:
                 path = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(path)
-                else:
-                    found.append(path)
-        return sorted(found)
+                yield path, entry
 
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
         """What is in a folder; nothing where there is none, or something else."""
@@ -107,18 +108,12 @@ class LocalStorage:
 
     def obstacles(self, kind_of: Callable[[str], str]) -> list[str]:
         """See `Storage.obstacles`. A link to a folder is one for reading, and no obstacle."""
-        found: list[str] = []
-        pending = [""]
-        while pending:
-            folder = pending.pop()
-            for entry in self._entries(folder):
-                path = f"{folder}/{entry.name}" if folder else entry.name
-                is_folder = entry.is_dir(follow_symlinks=False)
-                wanted = kind_of(path)
-                if (wanted == "file" and is_folder) or (wanted == "folder" and not Path(entry.path).is_dir()):
-                    found.append(path)
-                elif is_folder:
-                    pending.append(path)
+        found = []
+        for path, entry in self._walk(""):
+            wanted = kind_of(path)
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if (wanted == "file" and is_folder) or (wanted == "folder" and not Path(entry.path).is_dir()):
+                found.append(path)
         return sorted(found)
 
     def delete_empty(self, path: str) -> bool:

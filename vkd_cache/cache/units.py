@@ -61,6 +61,11 @@ _SUFFIXES = {"zarr": ".zip", "webdataset": ".tar"}
 _UNIT_DIGITS = 16
 
 
+def by_view(unit: UnitId) -> tuple[int, int]:
+    """The key that sorts units as jobs take them: view by view."""
+    return unit.view, unit.shard
+
+
 def unit_path(unit: UnitId, backend: str, digest: str) -> str:
     """Path of a unit's file from the cache's root.
 

@@ -97,7 +97,8 @@ class RemoteTars:
     def indexes(self, findings: Findings) -> Iterator[TarIndex]:
         """See `Tars`: from what was kept, or else from a copy."""
         self._digests.clear()
-        todo = deque(shard for shard in range(len(self.names)) if self._kept_index(self._originals[shard]) is None)
+        known = [self._kept_index(original) for original in self._originals]
+        todo = deque(shard for shard, kept in enumerate(known) if kept is None)
         nothing_to_do = contextlib.nullcontext(console.Progress("", 0, ""))
         with console.track("copy and index", len(todo), "tars") if todo else nothing_to_do as progress:
             for shard, original in enumerate(self._originals):
@@ -105,7 +106,8 @@ class RemoteTars:
                 if is_new:
                     self.read_ahead([shard], list(itertools.islice(todo, 1, 1 + _INDEXED_AHEAD)))
                     todo.popleft()
-                kept = self._kept_index(original) or self._new_index(shard, findings)  # maybe kept by another rank now
+                # maybe kept by another rank by now
+                kept = known[shard] or self._kept_index(original) or self._new_index(shard, findings)
                 self._digests.append(kept.digests)
                 yield kept.samples
                 if is_new:

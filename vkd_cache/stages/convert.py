@@ -23,6 +23,7 @@ from vkd_cache.stages.convert_job import ConvertJob, ConvertSummary
 from vkd_cache.stages.convert_plan import ConvertPlan, Wish
 from vkd_cache.stages.run_log import RunLog
 from vkd_cache.stages.target import refuse_foreign_folder, refuse_overlap
+from vkd_cache.stages.unit_order import unpublished
 from vkd_cache.stages.units import units_of_worker
 from vkd_cache.urls import check_place
 
@@ -85,13 +86,13 @@ def convert(request: ConvertRequest, split: JobSplit, *, dry_run: bool = False) 
     if dry_run:
         if existing is not None:
             check_same(existing.url, existing.manifest, manifest)
-        num_missing = len(_unpublished(existing, todo))
+        num_missing = len(unpublished(existing, todo))
         summary = dataclasses.replace(summary, units_to_convert=num_missing, units_skipped=len(todo) - num_missing)
         _show(summary)
         return dataclasses.replace(summary, seconds=time.monotonic() - started)
 
     writer = start_cache(request.target, manifest, source.head_file())
-    missing = _unpublished(writer.cache, todo)
+    missing = unpublished(writer.cache, todo)
     log = RunLog(writer, "convert", split, {"request": dataclasses.asdict(request)})
     job = ConvertJob(source, cut, writer)
     job.do(missing)
@@ -133,11 +134,6 @@ def _units(source: Cache, cut: Cut, views: str, split: JobSplit) -> tuple[list[U
         if {piece.shard for piece in cut.pieces[shard]} <= published.get(view, frozenset())
     )
     return units_of_worker(len(cut.pieces), wanted, split.index, split.count), ready
-
-
-def _unpublished(cache: Cache | None, units: list[UnitId]) -> list[UnitId]:
-    published = cache.published() if cache is not None else {}
-    return [unit for unit in units if unit.shard not in published.get(unit.view, frozenset())]
 
 
 def _codecs(source: Manifest, target: Manifest) -> dict[str, str]:

@@ -14,12 +14,12 @@ import numpy as np
 
 from vkd_cache import console
 from vkd_cache.cache.reader import Cache
-from vkd_cache.cache.units import UnitId
+from vkd_cache.cache.units import UnitId, by_view
 from vkd_cache.cache.writer import CacheWriter
 from vkd_cache.errors import CacheError
 from vkd_cache.stages.convert_cut import Cut
 from vkd_cache.stages.convert_units import SourceUnits, broken_rows, unit_arrays, unit_origin
-from vkd_cache.stages.extract_order import UnitOrder
+from vkd_cache.stages.unit_order import UnitOrder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class ConvertJob:
                 self._units_left_out += 1
                 progress.leave_out(1)
 
-            # chance has no say in what is stored, see extract_order
+            # chance has no say in what is stored, see unit_order
             order = UnitOrder(units, self._writer.cache, np.random.default_rng(), leave_out)
             self._make(order, progress)
 
@@ -155,12 +155,8 @@ class ConvertJob:
             "units_converted": self._units,
             "units_overtaken": self._units_left_out + self._units_wasted,
             "units_wasted": self._units_wasted,
-            "units_failed": tuple(self._failed[unit] for unit in sorted(self._failed, key=_by_view)),
+            "units_failed": tuple(self._failed[unit] for unit in sorted(self._failed, key=by_view)),
             "samples": self._samples,
             "bytes_before": self._before,
             "bytes_after": self._after,
         }
-
-
-def _by_view(unit: UnitId) -> tuple[int, int]:
-    return unit.view, unit.shard

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from vkd_cache.cache.codecs import enough_to_measure, resolve_codec
 from vkd_cache.cache.reader import Cache, find_cache
 from vkd_cache.cache.schema import CODEC_BYTES, Manifest, NodeSpec
-from vkd_cache.cache.units import UnitId, is_detection, keys_from_columns
+from vkd_cache.cache.units import UnitId, by_view, is_detection, keys_from_columns
 from vkd_cache.config import CacheConfig
 from vkd_cache.errors import ConfigError, IncompleteCacheError
 from vkd_cache.stages.convert_cut import Cut
@@ -118,7 +118,7 @@ class ConvertPlan:
         manifest, reader = self.source.manifest, SourceUnits(self.source)
         head = self.source.head()
         tensors = None if head is None else {"weight": head[0], "bias": head[1]}
-        for unit in sorted(self.units, key=_by_view):
+        for unit in sorted(self.units, key=by_view):
             parts = reader.parts(self.cut.pieces[unit.shard], unit.view)
             values = {spec.name: node_values(parts, spec) for spec in manifest.nodes}
             counts = sum(found.counts for found in values.values() if isinstance(found, Tokens))
@@ -136,10 +136,6 @@ class ConvertPlan:
             f"{self.source.url}: holds no sample that --dtype {dtype} could be measured on. Finish it with vkd-cache "
             "extract, or give another --dtype."
         )
-
-
-def _by_view(unit: UnitId) -> tuple[int, int]:
-    return unit.view, unit.shard
 
 
 def _passed(spec: NodeSpec, codec: str, *, anew: bool) -> tuple[str, ...]:

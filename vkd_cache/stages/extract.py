@@ -10,11 +10,11 @@ import dataclasses
 import time
 
 from vkd_cache import console
-from vkd_cache.cache.reader import Cache, find_cache
+from vkd_cache.cache.reader import find_cache
 from vkd_cache.cache.schema import Manifest
-from vkd_cache.cache.units import UnitId
 from vkd_cache.cache.writer import create_cache
 from vkd_cache.config import Config, config_to_json, parse_view_range
+from vkd_cache.console import counted
 from vkd_cache.errors import ConfigError
 from vkd_cache.runtime import JobSplit
 from vkd_cache.sources import Source, open_source
@@ -26,6 +26,7 @@ from vkd_cache.stages.ranks import take_device
 from vkd_cache.stages.run_log import RunLog
 from vkd_cache.stages.target import refuse_foreign_folder
 from vkd_cache.stages.teaching import TeacherRun, start_teacher
+from vkd_cache.stages.unit_order import unpublished
 from vkd_cache.stages.units import units_of_worker
 from vkd_cache.teachers import DetectionTeacher, Teacher, load_teacher
 from vkd_cache.views.recipe import make_recipe
@@ -56,17 +57,17 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
     plan = ExtractPlan(config=config, source=source, recipe=recipe, run=run)
     units = units_of_worker(len(source.shards), parse_view_range(config.views.count), split.index, split.count)
     if dry_run:
-        todo = _unpublished(existing, units)
+        todo = unpublished(existing, units)
         plan.show(existing, units, todo)
         return dataclasses.replace(
             ExtractSummary(), units_skipped=len(units) - len(todo), seconds=time.monotonic() - started
         )
 
     writer = create_cache(config.cache.url, plan.manifest(existing), teacher.head_tensors())
-    todo = _unpublished(writer.cache, units)
+    todo = unpublished(writer.cache, units)
     _warn_of_batch_size(writer.manifest, run)
     if writer.leftovers:
-        console.say(f"extract: removed {_counted(len(writer.leftovers), 'leftover')} of killed writers")
+        console.say(f"extract: removed {counted(len(writer.leftovers), 'leftover')} of killed writers")
     log = RunLog(writer, "extract", split, {"config": config_to_json(config)})
     job = ExtractJob(config, source, recipe, run, writer)
     job.do(todo)
@@ -115,11 +116,6 @@ def _check_config(config: Config) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _unpublished(cache: Cache | None, units: list[UnitId]) -> list[UnitId]:
-    published = cache.published() if cache is not None else {}
-    return [unit for unit in units if unit.shard not in published.get(unit.view, frozenset())]
-
-
 def _warn_of_batch_size(manifest: Manifest, run: TeacherRun) -> None:
     stored = manifest.numerics.get("batch_size")
     if stored != run.batch_size:
@@ -138,7 +134,7 @@ def _say_summary(config: Config, summary: ExtractSummary) -> None:
     )
     if summary.units_overtaken:
         console.say(
-            f"extract: another job published {_counted(summary.units_overtaken, 'unit')} of this share meanwhile "
+            f"extract: another job published {counted(summary.units_overtaken, 'unit')} of this share meanwhile "
             f"({summary.units_wasted} of them computed twice)"
         )
     if summary.broken:
@@ -149,7 +145,3 @@ def _say_summary(config: Config, summary: ExtractSummary) -> None:
         console.warn(f"unit failed: {message}")
     if summary.units_failed:
         console.warn(f"{len(summary.units_failed)} units failed. The same command again makes what is missing.")
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

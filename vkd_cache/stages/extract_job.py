@@ -16,15 +16,15 @@ import numpy as np
 import torch
 
 from vkd_cache import console
-from vkd_cache.cache.units import UnitId, record_path
+from vkd_cache.cache.units import UnitId, by_view, record_path
 from vkd_cache.cache.writer import CacheWriter
 from vkd_cache.config import Config
 from vkd_cache.errors import SourceError, TeacherError
 from vkd_cache.sources import Source, read_ahead
-from vkd_cache.stages.extract_order import UnitOrder
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask
 from vkd_cache.stages.teaching import TeacherRun, taught_batches
 from vkd_cache.stages.transfer import model_input
+from vkd_cache.stages.unit_order import UnitOrder
 from vkd_cache.stages.units import UnitAssembly, check_storable, unit_tasks
 from vkd_cache.views.recipe import Recipe
 
@@ -138,7 +138,7 @@ class ExtractJob:
                 self._units_left_out += 1
                 progress.leave_out(len(self._source.shards[unit.shard].keys))
 
-            # chance has no say in what is stored, see extract_order
+            # chance has no say in what is stored, see unit_order
             order = UnitOrder(units, self._writer.cache, np.random.default_rng(), leave_out)
             self._make(order, progress)
 
@@ -241,13 +241,8 @@ class ExtractJob:
             units_published=self._units_published,
             units_overtaken=self._units_left_out + self._units_wasted,
             units_wasted=self._units_wasted,
-            units_failed=tuple(message for _, message in sorted(self._failed.items(), key=_by_view)),
+            units_failed=tuple(self._failed[unit] for unit in sorted(self._failed, key=by_view)),
             samples=self._samples,
             broken=tuple(sorted(self._broken.items())),
             bytes=self._bytes,
         )
-
-
-def _by_view(failed: tuple[UnitId, str]) -> tuple[int, int]:
-    unit, _ = failed
-    return unit.view, unit.shard

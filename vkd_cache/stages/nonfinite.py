@@ -202,7 +202,6 @@ def _document(incident: Incident, run: Run, bad: list[dict[str, Any]], command: 
 def _step_json(step: SeenStep | None, run: Run) -> dict[str, Any] | None:
     if step is None:
         return None
-    shards = run.source.shards
     norm = step.gradient_norm
     return {
         "step": step.step,
@@ -216,13 +215,16 @@ def _step_json(step: SeenStep | None, run: Run) -> dict[str, Any] | None:
                 "view": batch.view,
                 "shards": batch.shard.tolist(),
                 "rows": batch.row.tolist(),
-                "keys": [
-                    shards[shard].keys[row] for shard, row in zip(batch.shard.tolist(), batch.row.tolist(), strict=True)
-                ],
+                "keys": _keys_of(batch, run),
             }
             for batch in step.batches
         ],
     }
+
+
+def _keys_of(batch: BatchPlace, run: Run) -> list[str]:
+    shards = run.source.shards
+    return [shards[shard].keys[row] for shard, row in zip(batch.shard.tolist(), batch.row.tolist(), strict=True)]
 
 
 def _plain(terms: Mapping[str, float]) -> dict[str, float | str]:
@@ -245,11 +247,7 @@ def _sentences(incident: Incident, run: Run, poisoned: Sequence[str], there: str
     """The error: what was found, where the keys are, why if that is known, and what to do."""
     said = [f"step {incident.step}: {_found(incident, run)}."]
     if incident.at is not None:
-        keys = [
-            run.source.shards[shard].keys[row]
-            for batch in incident.at.batches
-            for shard, row in zip(batch.shard.tolist(), batch.row.tolist(), strict=True)
-        ]
+        keys = [key for batch in incident.at.batches for key in _keys_of(batch, run)]
         shown = ", ".join(f"'{key}'" for key in keys[:_SHOWN_KEYS])
         more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
         said.append(f"The keys of its batch ({shown}{more}) and of the step before {there}.")

@@ -6,15 +6,14 @@ consists of is no obstacle.
 
 import contextlib
 import os
-import re
 from pathlib import Path
 
 from vkd_cache.cache.reader import MANIFEST_PATH
+from vkd_cache.cache.units import kind_of
 from vkd_cache.errors import CacheError, ConfigError
 from vkd_cache.runtime import expand_home
 from vkd_cache.urls import is_remote
 
-_OWN = re.compile(r"units|records|runs|\..*|lost\+found|head-\w+\.safetensors")
 _SHOWN = 3
 
 
@@ -53,7 +52,7 @@ def refuse_foreign_folder(url: str, option: str) -> None:
     names: list[str] = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(_folder(url)) as entries:
         names = sorted(entry.name for entry in entries)
-    strange = [name for name in names if not _OWN.fullmatch(name)]
+    strange = [name for name in names if not (kind_of(name) or name.startswith(".") or name == "lost+found")]
     if not strange or MANIFEST_PATH in names:
         return
     shown = ", ".join(strange[:_SHOWN]) + (", ..." if len(strange) > _SHOWN else "")

@@ -12,6 +12,7 @@ from vkd_cache.cache.check import Fault
 from vkd_cache.cache.reader import MANIFEST_PATH, Cache
 from vkd_cache.cache.repair import Dropped, drop_head, drop_leftovers, drop_obstacles, drop_unit
 from vkd_cache.cache.units import UnitId
+from vkd_cache.console import counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,8 @@ class Repair:
             again: the command that makes its units, where it is known.
         """
         kinds = [entry.kind for entry in self.dropped]
-        parts = [_counted(kinds.count("unit"), "unit"), "the teacher's head" if "head" in kinds else ""]
-        parts = [part for part in parts if part]
+        parts = [counted(kinds.count("unit"), "unit")] if "unit" in kinds else []
+        parts += ["the teacher's head"] if "head" in kinds else []
         sentences = list(self.kept)
         if parts:
             if self.converted:
@@ -46,16 +47,12 @@ class Repair:
             sentences.insert(0, f"Dropped {' and '.join(parts)}. Next: {again}; it makes these and nothing else.")
         if "obstacle" in kinds:
             sentences.append(
-                f"Removed {_counted(kinds.count('obstacle'), 'empty thing')} in the way of the cache's own: the same "
+                f"Removed {counted(kinds.count('obstacle'), 'empty thing')} in the way of the cache's own: the same "
                 "extraction makes what belongs there."
             )
         if "leftover" in kinds:
-            sentences.append(f"Removed {_counted(kinds.count('leftover'), 'file')} of writers that died.")
+            sentences.append(f"Removed {counted(kinds.count('leftover'), 'file')} of writers that died.")
         return " ".join(sentences)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' if count != 1 else ''}" if count else ""
 
 
 def repair_cache(cache: Cache, bad: Mapping[UnitId, frozenset[Fault]], *, num_own: int, converted: bool) -> Repair:
@@ -78,7 +75,7 @@ def repair_cache(cache: Cache, bad: Mapping[UnitId, frozenset[Fault]], *, num_ow
         faults.add(Fault.FOREIGN)
     elif num_foreign:
         kept.append(
-            f"Kept {_counted(num_foreign, 'unit')} of another cache, for not one belongs to {MANIFEST_PATH}: it is the "
+            f"Kept {counted(num_foreign, 'unit')} of another cache, for not one belongs to {MANIFEST_PATH}: it is the "
             f"one that was replaced. Restore {MANIFEST_PATH} from a copy, or move it away and run the extraction that "
             "made the units again: it writes their manifest anew and keeps them."
         )

@@ -30,6 +30,12 @@ class PublishedUnits(Protocol):
         ...
 
 
+def unpublished(cache: PublishedUnits | None, units: Sequence[UnitId]) -> list[UnitId]:
+    """Those of `units` that are missing now; lists the cache once. Without a cache all of them are."""
+    published = cache.published() if cache is not None else {}
+    return [unit for unit in units if unit.shard not in published.get(unit.view, frozenset())]
+
+
 class UnitOrder:
     """Iterates over the units that are still missing when their turn comes: in the order given, until jobs meet."""
 
