@@ -25,7 +25,7 @@ from processes import Sample, watch
 from vkd_cache.cli import guarded
 from vkd_cache.runtime import hardware
 
-TINY = {"units": 200, "steps": 150, "every_s": 0.2, "workers": 1, "images": 40, "epochs_per_eval": 30}
+TINY = {"units": 200, "steps": 150, "every_s": 0.05, "workers": 1, "images": 40, "epochs_per_eval": 30}
 SIZE_PX = 32
 PHOTO_PX = (48, 40)
 UNIT_IMAGES = 8
