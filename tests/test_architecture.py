@@ -20,7 +20,7 @@ MODULES = {
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
 # arrows go down, or stay inside one part
-LEVELS = {"__main__": 4, "cli": 3, "stages": 2}
+LEVELS = {"__main__": 5, "cli": 4, "cli_settings": 3, "stages": 2}
 LEVELS |= dict.fromkeys(("console", "config", "fields", "errors", "runtime", "sealing", "weights"), 0)
 LEVELS |= dict.fromkeys(("pipeline_file", "remote", "remote_faults", "urls", "local_copies"), 0)
 PARTS_LEVEL = 1  # cache, sources, views, teachers, students, losses, ...

@@ -1,75 +1,43 @@
 """The command line: options -> config -> stage -> exit code.
 
 A newcomer's trap: nothing here may import torch or numpy at the top, so stages are imported inside their commands and
-`vkd-cache --help` answers at once. An option that overrides a field of the configuration takes its type, choices and
-help from that field (`setting`); the few that are not fields say what this one run does (`--dry-run`, `--json`).
+`vkd-cache --help` answers at once. An option that overrides a field of the configuration is a `setting`; the few that
+are not fields say what this one run does (`--dry-run`, `--json`).
 
 Exit codes: 0 done, 1 error, 2 usage or configuration, 3 some units failed or are not sound, 130 interrupted.
 """
 
-import dataclasses
-import json
 import sys
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from vkd_cache import __version__, console
-from vkd_cache.config import SECTIONS, Config, find_pipeline, load_config
-from vkd_cache.errors import ConfigError
+from vkd_cache.cli_settings import (
+    CODE_HELP,
+    SAMPLE_HELP,
+    TEACHER_HELP,
+    VAL_HELP,
+    VIEWS_HELP,
+    WORKER_HELP,
+    dry_run_option,
+    is_cache,
+    json_option,
+    pipeline_argument,
+    present,
+    print_json,
+    ranks,
+    require,
+    resolve,
+    setting,
+)
 from vkd_cache.guard import guarded
-from vkd_cache.runtime import JobSplit, expand_home, job_split, rank_split
+from vkd_cache.runtime import expand_home, job_split
 
-_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-def setting(
-    flag: str, key: str, *, metavar: str | None = None, help_text: str | None = None, bare: bool = False
-) -> _Decorator:
-    """An option that overrides the field `key` ("section.field").
-
-    Args:
-        flag: its name, with the dashes.
-        key: the field it sets.
-        metavar: what its value is called in the help.
-        help_text: its help; None: the field's own documentation.
-        bare: it may also be given without a value, which then reads "".
-    """
-    section, _, name = key.partition(".")
-    metadata = next(field.metadata for field in dataclasses.fields(SECTIONS[section]) if field.name == name)
-    hint = typing.get_type_hints(SECTIONS[section])[name]
-    keywords: dict[str, Any] = {"default": None, "help": help_text or metadata["doc"]}
-    if hint is bool:
-        flag = f"{flag}/--no-{flag.removeprefix('--')}"
-    elif typing.get_origin(hint) is tuple:
-        keywords |= {"callback": _listed, "metavar": metavar}
-    elif metadata["choices"]:
-        keywords |= {"type": click.Choice(metadata["choices"])}
-    else:
-        keywords |= {"type": hint, "metavar": metavar}
-    if bare:
-        keywords |= {"is_flag": False, "flag_value": ""}
-    return click.option(flag, f"{section}__{name}", **keywords)
-
-
-def _listed(_context: click.Context, _option: click.Parameter, value: str | None) -> list[str] | None:
-    return None if value is None else [part.strip() for part in value.split(",")]
-
-
-_TEACHER_HELP = "timm model name, or package.module:callable that returns an nn.Module"
-_CODE_HELP = "the teacher, where it is a package.module:callable: code is run only if you name it, not a cache"
-_VAL_HELP = "images to evaluate on: a folder, COCO's too, or tar pattern; default: val/ beside the training split"
-_VIEWS_HELP = "a count N (views 0..N-1) or a range A:B (views A..B-1); default: 1"
-_SAMPLE_HELP = "samples that --pixels and --teacher look at; 0: all; default: 64"
-_WORKER_HELP = "share I (from 0) of N; torchrun and SLURM arrays need no such option"
 _DEMOS = {"classification": "demo", "detection": "demo_detection"}  # task and its pipeline
 _DEMO_OUTPUTS = {"classification": "vkd-cache-demo", "detection": "vkd-cache-demo-detection"}
-pipeline_argument = click.argument("pipeline", required=False)
-dry_run_option = click.option("--dry-run", is_flag=True, help="say what would be done, and stop")
-json_option = click.option("--json", "as_json", is_flag=True, help="print one JSON document instead of tables")
 
 
 class _InOrder(click.Group):
@@ -95,7 +63,7 @@ def cli() -> None:
 @setting("--cache", "cache.url", metavar="URL")
 @setting("--teacher", "teacher.name", metavar="NAME")
 @setting("--teacher-weights", "teacher.weights", metavar="FILE")
-@setting("--views", "views.count", metavar="N|A:B", help_text=_VIEWS_HELP)
+@setting("--views", "views.count", metavar="N|A:B", help_text=VIEWS_HELP)
 @setting("--dtype", "cache.dtype")
 @setting("--nodes", "cache.nodes", metavar="NAME,...")
 @setting("--tokens", "cache.tokens", metavar="X")
@@ -104,7 +72,7 @@ def cli() -> None:
 @setting("--batch-size", "extract.batch_size", metavar="N")
 @setting("--workers", "extract.workers", metavar="N")
 @setting("--device", "extract.device", metavar="NAME")
-@click.option("--worker", metavar="I/N", help=_WORKER_HELP)
+@click.option("--worker", metavar="I/N", help=WORKER_HELP)
 @setting("--seed", "views.seed", metavar="N")
 @setting("--strict", "extract.strict")
 @dry_run_option
@@ -113,7 +81,7 @@ def extract(pipeline: str | None, worker: str | None, dry_run: bool, **settings:
 
     The same command again finishes what is missing; a larger --views adds views.
     """
-    config = _resolve(pipeline, settings, "source.train", "cache.url", "teacher.name")
+    config = resolve(pipeline, settings, "source.train", "cache.url", "teacher.name")
     split = job_split(worker)
     console.set_quiet(split.local_index > 0)  # one voice per machine; each --worker has a console of its own
     from vkd_cache.stages.extract import extract as run
@@ -124,7 +92,7 @@ def extract(pipeline: str | None, worker: str | None, dry_run: bool, **settings:
 @cli.command(short_help="train a student from the cache")
 @pipeline_argument
 @setting("--source", "source.train", metavar="PATH")
-@setting("--val", "source.val", metavar="PATH", help_text=_VAL_HELP)
+@setting("--val", "source.val", metavar="PATH", help_text=VAL_HELP)
 @setting("--cache", "cache.url", metavar="URL")
 @setting("--student", "student.name", metavar="NAME")
 @setting("--epochs", "train.epochs", metavar="N")
@@ -135,7 +103,7 @@ def extract(pipeline: str | None, worker: str | None, dry_run: bool, **settings:
 @setting("--seed", "train.seed", metavar="N")
 @setting("--amp", "train.amp")
 @setting("--live-teacher", "train.live_teacher")
-@setting("--teacher", "teacher.name", metavar="NAME", help_text="with --live-teacher: " + _TEACHER_HELP)
+@setting("--teacher", "teacher.name", metavar="NAME", help_text="with --live-teacher: " + TEACHER_HELP)
 @setting("--teacher-weights", "teacher.weights", metavar="FILE")
 @click.option("--plain", is_flag=True, help="without distillation: feature and logit weights 0")
 @setting("--workers", "train.workers", metavar="N")
@@ -148,12 +116,12 @@ def train(pipeline: str | None, plain: bool, dry_run: bool, **settings: object) 
     """
     if plain:
         settings |= {"loss__feature_weight": 0.0, "loss__logit_weight": 0.0}
-    config = _resolve(pipeline, settings, "source.train", "student.name", "train.output")
+    config = resolve(pipeline, settings, "source.train", "student.name", "train.output")
     if config.train.live_teacher:
-        _require(config, "teacher.name")
+        require(config, "teacher.name")
     elif config.loss.feature_weight or config.loss.logit_weight:
-        _require(config, "cache.url")
-    split = _ranks()
+        require(config, "cache.url")
+    split = ranks()
     from vkd_cache.stages.train import train as run
 
     run(config, split, dry_run=dry_run)
@@ -162,7 +130,7 @@ def train(pipeline: str | None, plain: bool, dry_run: bool, **settings: object) 
 
 @cli.command("eval", short_help="accuracy or COCO AP of a student, a teacher, or a cache")
 @pipeline_argument
-@setting("--source", "source.val", metavar="PATH", help_text=_VAL_HELP)
+@setting("--source", "source.val", metavar="PATH", help_text=VAL_HELP)
 @click.option("--checkpoint", default="", metavar="FILE", help="checkpoint of a student: ours or the VkD authors'")
 @setting("--student", "student.name", metavar="NAME")
 @click.option("--ema", is_flag=True, help="the checkpoint's weight average instead of its weights")
@@ -184,11 +152,11 @@ def evaluate(pipeline: str | None, checkpoint: str, ema: bool, as_json: bool, **
     asked = {name: settings[f"{name}__{field}"] is not None for name, field in (("teacher", "name"), ("cache", "url"))}
     if not (checkpoint or any(asked.values())):
         raise click.UsageError("nothing to evaluate: give --checkpoint FILE, --teacher or --cache, or several of them.")
-    config = _resolve(pipeline, settings)
+    config = resolve(pipeline, settings)
     if not config.source.train:  # a layout with train/ and val/ may stand in [source] train
-        _require(config, *(["source.val"] if checkpoint or asked["teacher"] else []))
-    _require(config, *(["teacher.name"] if asked["teacher"] else []), *(["cache.url"] if asked["cache"] else []))
-    split = _ranks()
+        require(config, *(["source.val"] if checkpoint or asked["teacher"] else []))
+    require(config, *(["teacher.name"] if asked["teacher"] else []), *(["cache.url"] if asked["cache"] else []))
+    split = ranks()
     from vkd_cache.stages.coco_scores import DetectionResult, score_table
     from vkd_cache.stages.evaluate import EvalRequest
     from vkd_cache.stages.evaluate import evaluate as run
@@ -201,7 +169,7 @@ def evaluate(pipeline: str | None, checkpoint: str, ema: bool, as_json: bool, **
     if detectors and not as_json:
         console.show_table("Evaluation", *score_table(detectors))
     else:
-        _present("Evaluation", {"results": [result.to_json() for result in results]}, as_json)
+        present("Evaluation", {"results": [result.to_json() for result in results]}, as_json)
     return 0
 
 
@@ -210,9 +178,9 @@ def evaluate(pipeline: str | None, checkpoint: str, ema: bool, as_json: bool, **
 @setting("--source", "source.train", metavar="PATH")
 @click.option("--pixels", is_flag=True, help="render views again and compare their digests; needs the source")
 @click.option("--teacher", is_flag=True, help="run the teacher again and compare its features; needs the source")
-@setting("--teacher-name", "teacher.name", metavar="NAME", help_text=_CODE_HELP)
+@setting("--teacher-name", "teacher.name", metavar="NAME", help_text=CODE_HELP)
 @setting("--teacher-weights", "teacher.weights", metavar="FILE")
-@click.option("--sample", default=64, metavar="N", type=click.IntRange(min=0), help=_SAMPLE_HELP)
+@click.option("--sample", default=64, metavar="N", type=click.IntRange(min=0), help=SAMPLE_HELP)
 @click.option("--repair", is_flag=True, help="drop what is damaged, for the same extract to make it again")
 @setting("--workers", "extract.workers", metavar="N")
 @setting("--device", "extract.device", metavar="NAME")
@@ -224,20 +192,20 @@ def verify(cache_or_pipeline: str, as_json: bool, **settings: Any) -> int:
     was not, also where --repair has dropped what was damaged.
     """
     asked = {name: settings.pop(name) for name in ("pixels", "teacher", "sample", "repair")}
-    if _is_cache(cache_or_pipeline):
-        config = _resolve(None, settings | {"cache__url": cache_or_pipeline})
+    if is_cache(cache_or_pipeline):
+        config = resolve(None, settings | {"cache__url": cache_or_pipeline})
         again = ""
     else:
-        config = _resolve(cache_or_pipeline, settings, "cache.url")
+        config = resolve(cache_or_pipeline, settings, "cache.url")
         again = f"vkd-cache extract {cache_or_pipeline}"
     if asked["pixels"] or asked["teacher"]:
-        _require(config, "source.train")
+        require(config, "source.train")
     from vkd_cache.stages.verify import VerifyRequest
     from vkd_cache.stages.verify import verify as run
 
     request = VerifyRequest(url=config.cache.url, source=config.source.train, again=again, **asked)
     report = run(config, request)
-    _present("Verification", report.to_json(), as_json)
+    present("Verification", report.to_json(), as_json)
     return report.exit_code
 
 
@@ -250,7 +218,7 @@ def verify(cache_or_pipeline: str, as_json: bool, **settings: Any) -> int:
 @setting("--shard-size", "source.shard_size", metavar="N", help_text="samples per shard; needs --source")
 @setting("--source", "source.train", metavar="PATH", help_text="data set of the cache, for --shard-size")
 @setting("--views", "views.count", metavar="N|A:B", help_text="a count N or a range A:B of views; default: all")
-@click.option("--worker", metavar="I/N", help=_WORKER_HELP)
+@click.option("--worker", metavar="I/N", help=WORKER_HELP)
 @click.option("--force", is_flag=True, help="also store values in a type that promises more than is left of them")
 @dry_run_option
 @json_option
@@ -262,9 +230,9 @@ def convert(
     CACHE and TARGET are directories or URLs; a pipeline stands for its [cache] url. What is not asked for stays as it
     is. The same command again finishes what is missing.
     """
-    is_cache = _is_cache(cache_or_pipeline)
-    url = {"cache__url": cache_or_pipeline} if is_cache else {}
-    config = _resolve(None if is_cache else cache_or_pipeline, settings | url, "cache.url")
+    from_cache = is_cache(cache_or_pipeline)
+    url = {"cache__url": cache_or_pipeline} if from_cache else {}
+    config = resolve(None if from_cache else cache_or_pipeline, settings | url, "cache.url")
     given = {name.partition("__")[2]: value for name, value in settings.items() if value is not None}
     split = job_split(worker)
     console.set_quiet(split.local_index > 0 or (dry_run and as_json))
@@ -282,7 +250,7 @@ def convert(
     )
     summary = run(request, split, dry_run=dry_run)
     if as_json:
-        click.echo(json.dumps(summary.to_json(), indent=2))
+        print_json(summary.to_json())
     return summary.exit_code
 
 
@@ -303,11 +271,11 @@ def compare(pipeline: str | None, steps: int, as_json: bool, **settings: object)
 
     In lockstep, both losses at the same student weights, and free-running, each on its own.
     """
-    config = _resolve(pipeline, settings, "source.train", "cache.url", "student.name", "teacher.name", "train.output")
+    config = resolve(pipeline, settings, "source.train", "cache.url", "student.name", "teacher.name", "train.output")
     from vkd_cache.stages.compare import compare as run
 
     report = run(config, steps=steps)
-    _present("Cache against live teacher", report.to_json(), as_json)
+    present("Cache against live teacher", report.to_json(), as_json)
     return report.exit_code
 
 
@@ -323,12 +291,12 @@ def demo(pipeline: str | None, task: str, output: str | None, short: bool, as_js
     To classify them takes minutes, to detect them on photographs half an hour. The first takes the pipeline demo, the
     second demo_detection, where no other one is given.
     """
-    config = _resolve(pipeline or _DEMOS[task], {})
+    config = resolve(pipeline or _DEMOS[task], {})
     from vkd_cache.stages.demo import demo as run
 
     report = run(config, Path(expand_home(output or _DEMO_OUTPUTS[task])), task=task, short=short)
     if as_json:
-        click.echo(json.dumps(report.to_json(), indent=2))
+        print_json(report.to_json())
     else:
         console.show_table(report.title, report.columns, report.rows())
     return report.exit_code
@@ -338,60 +306,3 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the program with `arguments`, default those of the process, and exit."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     sys.exit(guarded(lambda: cli.main(given, prog_name="vkd-cache", standalone_mode=False)))
-
-
-def _resolve(pipeline: str | None, settings: Mapping[str, object], *needed: str) -> Config:
-    """Defaults < pipeline < options; settings are named `section__field`, and None or "" was not given."""
-    overrides: dict[str, dict[str, object]] = {}
-    for name, value in settings.items():
-        if value is not None and value != "":
-            section, _, field = name.partition("__")
-            overrides.setdefault(section, {})[field] = value
-    config = load_config(pipeline, overrides)
-    _require(config, *needed)
-    return config
-
-
-def _require(config: Config, *keys: str) -> None:
-    """Name every one of `keys` ("section.field") that this run needs and nobody gave."""
-    command = click.get_current_context().command
-    flags = {option.name: option.opts[0] for option in command.params}
-    missing = []
-    for key in keys:
-        section, _, name = key.partition(".")
-        if not getattr(getattr(config, section), name):
-            flag = flags.get(f"{section}__{name}")
-            missing.append(f"[{section}] {name}" + (f" ({flag})" if flag else ""))
-    if missing:
-        ways = "the option, or a" if "(" in "".join(missing) else "another"
-        raise ConfigError(f"{command.name}: nothing says {', '.join(missing)}. Give {ways} pipeline file that has it.")
-
-
-def _is_cache(text: str) -> bool:
-    """Whether `verify`'s argument is a cache rather than a pipeline.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if not text:
-        raise ConfigError("CACHE is empty, expected a directory, a URL or a pipeline file.")
-    if "://" in text or Path(text).is_dir():
-        return True
-    try:
-        find_pipeline(text)
-    except ConfigError as error:
-        raise ConfigError(f"{text}: no such cache directory. As a pipeline: {error}") from error
-    return False
-
-
-def _ranks() -> JobSplit:
-    split = rank_split()
-    console.set_quiet(split.index > 0)
-    return split
-
-
-def _present(title: str, document: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(document, indent=2))
-    else:
-        console.show_document(title, document)
