@@ -94,11 +94,11 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Everything a reader of the numbers needs; never a path or a name of the machine."""
-        commit, changed = _commit()
+        found, changed = commit()
         return {
             "benchmark": self.name,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": commit,
+            "commit": found,
             "uncommitted_changes": changed,
             "config": self.settings,
             "versions": library_versions(),
@@ -204,7 +204,7 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _commit() -> tuple[str, bool]:
+def commit() -> tuple[str, bool]:
     """The commit of this checkout, and whether tracked files differ from it."""
 
     def git(*arguments: str) -> str:
