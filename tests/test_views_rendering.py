@@ -208,7 +208,8 @@ def test_classification_gets_mixed_images(digits_tree: Path) -> None:
 
 def test_a_recipe_for_other_data_is_refused(source: CocoSource, digits_tree: Path) -> None:
     digits: Source = open_source(str(digits_tree), split="train")
-    with pytest.raises(ConfigError, match=r"annotated with boxes; found the view recipe 'vkd', .* one of vidt\."):
+    found = r"annotated with boxes; found the view recipe 'vkd', .* one of vidt, fast_detection\."
+    with pytest.raises(ConfigError, match=found):
         Renderer(source, RECIPES["vkd"], SEED)
     with pytest.raises(ConfigError, match=r"annotated with classes, not boxes; found .* 'vidt', .* one of vkd, "):
         Renderer(digits, RECIPE, SEED)

@@ -47,8 +47,8 @@ class ViewsConfig:
 
     recipe: str = option(
         "vkd",
-        "view recipe; vidt is the one for detection",
-        choices=("vkd", "randaugment", "crop_flip", "none", "vidt"),
+        "view recipe; vidt and fast_detection are those for detection",
+        choices=("vkd", "randaugment", "crop_flip", "none", "vidt", "fast", "fast_detection"),
     )
     count: str = option(
         "",

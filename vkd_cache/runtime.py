@@ -115,12 +115,13 @@ def resolve_device(name: str, local_index: int = 0) -> str:
     return "cpu"
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of everything that can change a pixel or a feature, and of Python and vkd-cache."""
+def library_versions(*more: str) -> dict[str, str]:
+    """Versions of everything that can change a pixel or a feature, of Python and vkd-cache; `more`: distributions
+    that only some caches depend on."""
     from PIL import features
 
     found = {"python": platform.python_version(), "vkd_cache": __version__}
-    for name in ("numpy", "pillow", "timm", "torch", "torchvision", "zarr"):
+    for name in ("numpy", "pillow", "timm", "torch", "torchvision", "zarr", *more):
         found[name] = _version(name)
     found["libjpeg"] = str(features.version("libjpeg_turbo") or features.version("jpg") or "unknown")
     return found

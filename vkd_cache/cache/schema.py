@@ -21,7 +21,7 @@ CODECS = tuple(CODEC_BYTES)
 BACKENDS = ("zarr", "webdataset")
 
 # Libraries whose version changes a pixel or a feature; the others are noted and may differ.
-FINGERPRINTED_VERSIONS = ("libjpeg", "pillow", "timm", "torch")
+FINGERPRINTED_VERSIONS = ("libjpeg", "pillow", "simplejpeg", "timm", "torch")
 
 # Far beyond any network, small enough that a hostile manifest cannot ask for absurd memory.
 MAX_ELEMENTS = 2**28

@@ -76,8 +76,8 @@ class ClassificationTask:
         return torch.compile(student)  # type: ignore[return-value]
 
     def images(self, batch: FedBatch, pixels: Tensor) -> Tensor:
-        """(b, 3, H, W) in [0, 1], mixed as the batch's plan says."""
-        return mixed_images(pixels, batch.rendered.mix)
+        """(b, 3, H, W) in [0, 1], coloured and mixed as the batch's plan says."""
+        return mixed_images(pixels, batch.rendered.mix, batch.rendered.colour)
 
     def idle_images(self, pixels: Tensor) -> Tensor:
         """Two, because batch norm needs them."""

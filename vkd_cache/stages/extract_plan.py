@@ -86,7 +86,7 @@ class ExtractPlan:
             teacher=self.run.teacher.identity,
             head=describe_head(self.run.teacher.head_tensors())[0],
             numerics=self.run.numerics(),
-            versions=library_versions(),
+            versions=library_versions(*self.recipe.libraries),
             backend=config.cache.backend,
             block_samples=config.cache.block_samples if config.cache.backend == "webdataset" else 0,
         )

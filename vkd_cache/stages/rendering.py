@@ -20,13 +20,15 @@ from vkd_cache.runtime import library_versions
 from vkd_cache.sources import Source
 from vkd_cache.stages.layout import ViewLayout, detection_source, layout_of
 from vkd_cache.stages.worker_pool import WorkerPool
+from vkd_cache.views.blend import colour_rows
 from vkd_cache.views.boxes import ViewBoxes
-from vkd_cache.views.decode import decode_image
+from vkd_cache.views.colour import IDENTITY, colour_map
+from vkd_cache.views.decode import decode_image, decode_pixels
 from vkd_cache.views.mixing import drop_partners
 from vkd_cache.views.params import Columns, MixPlan, ViewParams, params_from_columns, params_to_columns
 from vkd_cache.views.plan import plan_view
 from vkd_cache.views.recipe import Recipe
-from vkd_cache.views.render import pixel_digest, render_view
+from vkd_cache.views.render import image_size, pixel_digest, render_view
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +72,7 @@ class RenderedBatch:
             broken images too.
         canvas: detection: (b, 2) int64 (height, width) of each view's canvas.
         boxes: detection: what there is to find in each view.
+        colour: fast recipes with colour operations: (b, 3) float32 of `colour_rows`, for `adjust_colour`.
         error: what stopped the task, if anything did; then the arrays mean nothing.
     """
 
@@ -86,6 +89,7 @@ class RenderedBatch:
     view_size: npt.NDArray[np.int64] | None = None
     canvas: npt.NDArray[np.int64] | None = None
     boxes: list[ViewBoxes] | None = None
+    colour: torch.Tensor | None = None
     error: VkdCacheError | None = None
 
 
@@ -100,6 +104,7 @@ def keep_rows(rendered: RenderedBatch, keep: npt.NDArray[np.integer]) -> None:
     """
     chosen = torch.from_numpy(np.asarray(keep, np.int64))
     rendered.pixels, rendered.label = rendered.pixels[chosen], rendered.label[chosen]
+    rendered.colour = None if rendered.colour is None else rendered.colour[chosen]
     if rendered.mix is not None:
         where = np.zeros(len(rendered.ok), np.uint32)
         where[keep] = np.arange(len(keep))
@@ -128,6 +133,8 @@ class Renderer:
         self.source = source
         self._boxed = detection_source(source, recipe)
         self.recipe = recipe
+        self._decode = decode_pixels if recipe.fast else decode_image
+        self._maps_colour = recipe.colour_kernel == "affine"
         self.seed = seed
         self._made_with = made_with
 
@@ -140,6 +147,7 @@ class Renderer:
         pixels = np.zeros((count, *frame, 3), np.uint8)
         params: list[ViewParams] = []
         digests = np.zeros(count, np.uint64)
+        colours = [IDENTITY] * count
         broken: list[tuple[int, str]] = []
         error: VkdCacheError | None = None
         try:
@@ -149,6 +157,8 @@ class Renderer:
                     digests[position] = pixel_digest(content)
                     pixels[position, : content.shape[0], : content.shape[1]] = content
                     self._check_digest(task, position, int(digests[position]))
+                    if self._maps_colour:
+                        colours[position] = colour_map(content, view_params.ops)
                 except BrokenImageError as reason:
                     broken.append((position, str(reason)))
                     view_params = _NO_PARAMS
@@ -177,6 +187,7 @@ class Renderer:
             view_size=None if layout is None else layout.view_size,
             canvas=None if layout is None else layout.canvas,
             boxes=None if layout is None else layout.boxes,
+            colour=colour_rows(colours) if self._maps_colour else None,
             error=error,
         )
 
@@ -203,10 +214,11 @@ class Renderer:
         self, task: RenderTask, position: int, params: ViewParams | None
     ) -> tuple[ViewParams, npt.NDArray[np.uint8]]:
         shard, row = int(task.shard[position]), int(task.row[position])
-        image = decode_image(self.source.read(shard, row), oriented=self._boxed is None)
+        image = self._decode(self.source.read(shard, row), oriented=self._boxed is None)
+        size = image_size(image)
         if params is None:
-            params = self._plan(shard, row, task.view, image.size)
-        found, expected = (f"{width}x{height}" for width, height in (image.size, params.source_size))
+            params = self._plan(shard, row, task.view, size)
+        found, expected = (f"{width}x{height}" for width, height in (size, params.source_size))
         if found != expected:
             if task.params is None:
                 raise BrokenImageError(f"image of {found} pixels, {expected} in the annotation file")
@@ -227,17 +239,21 @@ class Renderer:
             )
 
     def _what_changed(self) -> str:
-        theirs = f", {pixel_versions(self._made_with)} when the cache was made" if self._made_with else ""
-        return f"The image file or the decoder changed: {pixel_versions()} here{theirs}. Use the images of the cache."
+        theirs = f", {pixel_versions(self.recipe, self._made_with)} when the cache was made" if self._made_with else ""
+        here = pixel_versions(self.recipe)
+        return f"The image file or the decoder changed: {here} here{theirs}. Use the images of the cache."
 
 
 _NO_PARAMS = ViewParams(seed=0, source_size=(0, 0), crop=(0, 0, 0, 0), flip=False, ops=())
 
 
-def pixel_versions(versions: Mapping[str, str] | None = None) -> str:
+def pixel_versions(recipe: Recipe, versions: Mapping[str, str] | None = None) -> str:
     """The versions that decide a view's pixels, as text; `versions`: those of a cache instead of this process'."""
-    found = library_versions() if versions is None else versions
-    return f"Pillow {found.get('pillow', 'unknown')} with libjpeg {found.get('libjpeg', 'unknown')}"
+    found = library_versions(*recipe.libraries) if versions is None else versions
+    pillow = f"Pillow {found.get('pillow', 'unknown')} with libjpeg {found.get('libjpeg', 'unknown')}"
+    if not recipe.fast:
+        return pillow
+    return f"simplejpeg {found.get('simplejpeg', 'unknown')}, torch {found.get('torch', 'unknown')} and {pillow}"
 
 
 def render_loader(
@@ -269,4 +285,6 @@ class _Pinning:
     def __call__(self, rendered: RenderedBatch) -> RenderedBatch:
         with torch.cuda.device(self._device):  # else this thread would start up the first GPU as well
             rendered.pixels = rendered.pixels.pin_memory()
+            if rendered.colour is not None:
+                rendered.colour = rendered.colour.pin_memory()
         return rendered

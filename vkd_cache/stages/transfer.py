@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vkd_cache.views.blend import mix_pixels
+from vkd_cache.views.blend import adjust_colour, mix_pixels
 from vkd_cache.views.params import MixPlan
 
 if TYPE_CHECKING:  # classification needs neither the detector nor scipy
@@ -35,6 +35,7 @@ class HasViews(Protocol):
     mix: MixPlan | None
     view_size: npt.NDArray[np.int64] | None
     canvas: npt.NDArray[np.int64] | None
+    colour: torch.Tensor | None
 
 
 Batch = TypeVar("Batch", bound=HasPixels)
@@ -68,9 +69,20 @@ def _arrived(pixels: torch.Tensor, copied: torch.cuda.Event) -> torch.Tensor:
     return pixels
 
 
-def mixed_images(pixels: torch.Tensor, mix: MixPlan | None) -> torch.Tensor:
-    """(b, H, W, 3) uint8 views -> (b, 3, H, W) float32 images in [0, 1], mixed; partners are positions."""
-    images = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
+def mixed_images(pixels: torch.Tensor, mix: MixPlan | None, colour: torch.Tensor | None = None) -> torch.Tensor:
+    """(b, H, W, 3) uint8 views -> (b, 3, H, W) float32 images in [0, 1], mixed.
+
+    Args:
+        pixels: on the device.
+        mix: with partners as positions.
+        colour: `RenderedBatch.colour`, which comes before mixing; anywhere.
+    """
+    images = pixels.permute(0, 3, 1, 2)
+    if colour is None:
+        images = images.to(torch.float32).div_(255.0)
+    else:
+        rows = colour.to(pixels.device, non_blocking=True)
+        images = adjust_colour(images.to(torch.float32, memory_format=torch.contiguous_format), rows)
     if mix is None or not np.any(mix.kind):
         return images.contiguous()
     device = pixels.device
@@ -107,4 +119,4 @@ def model_input(batch: HasViews, pixels: torch.Tensor) -> "torch.Tensor | Canvas
         batch: a rendered batch.
         pixels: its (b, H, W, 3) uint8 views on the device.
     """
-    return mixed_images(pixels, batch.mix) if batch.view_size is None else canvas_batch(batch, pixels)
+    return mixed_images(pixels, batch.mix, batch.colour) if batch.view_size is None else canvas_batch(batch, pixels)

@@ -11,7 +11,34 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vkd_cache.views.colour import LUMA, LUMA_SUM, ColourMap
 from vkd_cache.views.params import MIX_CUTMIX, MIX_MIXUP
+
+
+def colour_rows(maps: Sequence[ColourMap]) -> Tensor:
+    """(B, 3) float32: what `adjust_colour` takes for a batch of views."""
+    rows = [(each.scale / 255.0, each.grey / (255.0 * LUMA_SUM), each.offset / 255.0) for each in maps]
+    return torch.tensor(rows, dtype=torch.float32).reshape(-1, 3)
+
+
+def adjust_colour(values: Tensor, rows: Tensor) -> Tensor:
+    """Apply a colour map to each view, and bring it to [0, 1].
+
+    Every operation is one multiplication or addition, rounded by itself: the same bits on every device, for any batch.
+
+    Args:
+        values: (B, 3, H, W) float32 whole numbers of 0 to 255; changed in place.
+        rows: (B, 3) of `colour_rows`.
+
+    Returns:
+        `values`, clipped to [0, 1].
+    """
+    scale, grey, offset = (column[:, None, None] for column in rows.unbind(1))
+    red, green, blue = values.unbind(1)
+    # whole numbers below 2**24: exact
+    shift = torch.mul(red, LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+    shift.mul_(grey).add_(offset)
+    return values.mul_(scale[:, None]).add_(shift[:, None]).clamp_(0.0, 1.0)
 
 
 def mix_pixels(pixels: Tensor, partner: Tensor, kind: Tensor, lam: Tensor, box: Tensor) -> Tensor:

@@ -17,10 +17,14 @@ from vkd_cache.views.geometry import DetectionGeometry, geometry_problems
 
 Geometry = Literal["random_resized_crop", "center_crop", "detection"]
 Colour = Literal["three_augment", "rand_augment", "none"]
-Decoder = Literal["pillow"]
+Decoder = Literal["pillow", "simplejpeg"]
+Resizer = Literal["pillow", "torch"]
+ColourKernel = Literal["pillow", "affine"]
 Interpolation = Literal["bicubic", "bilinear"]
 
 _LARGEST = 2**53  # of a number in a manifest
+# fields that recipes did not always have; as long as they hold this, a manifest does not say them
+_UNSAID: Mapping[str, Any] = types.MappingProxyType({"resizer": "pillow", "colour_kernel": "pillow", "detection": None})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,8 @@ class Recipe:
 
     Attributes:
         name: what a user calls it; one of `RECIPES`, or anything for a recipe of one's own.
-        decoder: library that turns bytes into pixels.
+        decoder: library that turns bytes into pixels; simplejpeg: JPEG files only, Pillow the others.
+        resizer: library of the resize kernel; torch goes with simplejpeg, and has other weights than Pillow.
         geometry: a random resized crop, one centre crop, or what `detection` says.
         size_px: height and width of a view, pixels; detection: the largest short side.
         interpolation: resize kernel, antialiased; bilinear for detection, bicubic for all else.
@@ -38,6 +43,8 @@ class Recipe:
         crop_fraction: centre crop: `size_px` over the resized short side, in (0, 1].
         flip_probability: of mirroring left to right, in [0, 1].
         colour: which operations follow the flip.
+        colour_kernel: three-augment: pillow: one 8-bit image after another; affine: the jitter and grey are one affine
+            map, applied on the device, the other operations whole-number arithmetic; goes with simplejpeg.
         jitter: three-augment: brightness, contrast and saturation factors are uniform in [1 - jitter, 1 + jitter].
         blur_radius: three-augment: radius of the Gaussian blur, (low, high), pixels of the view.
         solarise_threshold: three-augment: values from here on are inverted, in [0, 256].
@@ -52,7 +59,7 @@ class Recipe:
         mixup_alpha: Beta parameter of Mixup; 0 turns Mixup off.
         cutmix_alpha: Beta parameter of CutMix; 0 turns CutMix off.
         cutmix_switch: probability of CutMix for a mixed pair when both are on, in [0, 1].
-        detection: sizes and crops of detection views; None for the other geometries, and then not in the JSON form.
+        detection: sizes and crops of detection views; None for the other geometries.
     """
 
     name: str
@@ -60,11 +67,13 @@ class Recipe:
     geometry: Geometry = "random_resized_crop"
     size_px: int = 224
     interpolation: Interpolation = "bicubic"
+    resizer: Resizer = "pillow"
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3.0 / 4.0, 4.0 / 3.0)
     crop_fraction: float = 0.875
     flip_probability: float = 0.5
     colour: Colour = "none"
+    colour_kernel: ColourKernel = "pillow"
     jitter: float = 0.3
     blur_radius: tuple[float, float] = (0.1, 2.0)
     solarise_threshold: int = 128
@@ -98,14 +107,22 @@ class Recipe:
         """Whether any pair can be mixed."""
         return self.mix_probability > 0.0 and (self.mixup_alpha > 0.0 or self.cutmix_alpha > 0.0)
 
+    @property
+    def fast(self) -> bool:
+        """Whether views are rendered without Pillow, from arrays: see `vkd_cache.views.fast`."""
+        return self.decoder == "simplejpeg"
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Distributions that decide pixels of this recipe besides those that all caches name."""
+        return ("simplejpeg",) if self.fast else ()
+
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; `from_json` gives back an equal recipe."""
+        """The fields as JSON values, without those that say nothing new; `from_json` gives back an equal recipe."""
         document = _to_json(self)
-        if self.detection is None:
-            del document["detection"]
-        else:
+        if self.detection is not None:
             document["detection"] = _to_json(self.detection)
-        return document
+        return {name: value for name, value in document.items() if name not in _UNSAID or value != _UNSAID[name]}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "Recipe":
@@ -114,7 +131,7 @@ class Recipe:
         Raises:
             CacheFormatError: a field is missing, unknown or of the wrong type, or its value is out of range.
         """
-        values, problems = _fields_from_json(cls, {"detection": None, **document})
+        values, problems = _fields_from_json(cls, {**_UNSAID, **document})
         if problems:
             raise CacheFormatError(
                 f"recipe: {'; '.join(problems)}. It was written by another version of vkd-cache: use that one, or "
@@ -218,12 +235,32 @@ def _problems(recipe: Recipe) -> list[str]:
         check("colour", recipe.colour == "none", "'none': boxes cannot follow colour operations that move pixels")
         check("erase_probability", recipe.erase_probability == 0.0, "0: views with boxes are not erased")
         check("mix_probability", recipe.mix_probability == 0.0, "0: views with boxes are not mixed")
+    return found + _fast_problems(recipe)
+
+
+def _fast_problems(recipe: Recipe) -> list[str]:
+    """What the fast path cannot render, as texts."""
+    found = []
+    kernels = (recipe.resizer, recipe.colour_kernel)
+    affine = recipe.fast and recipe.colour != "none"
+    expected = ("torch" if recipe.fast else "pillow", "affine" if affine else "pillow")
+    if kernels != expected:
+        names = "resizer and colour_kernel"
+        found.append(f"{names}: found {kernels}, expected {expected} with decoder '{recipe.decoder}' and this colour")
+    if recipe.fast and (recipe.colour == "rand_augment" or recipe.erase_probability > 0.0):
+        found.append("decoder: found 'simplejpeg', expected 'pillow' with RandAugment or random erasing")
+    if recipe.fast and recipe.geometry == "center_crop":
+        found.append("decoder: found 'simplejpeg', expected 'pillow' for centre crops")
     return found
 
 
-def _detection_recipe(name: str, geometry: DetectionGeometry, *, flip_probability: float) -> Recipe:
+def _detection_recipe(
+    name: str, geometry: DetectionGeometry, *, flip_probability: float, fast: bool = False
+) -> Recipe:
     return Recipe(
         name=name,
+        decoder="simplejpeg" if fast else "pillow",
+        resizer="torch" if fast else "pillow",
         geometry="detection",
         size_px=max(geometry.scales, default=1),
         interpolation="bilinear",
@@ -239,6 +276,15 @@ RECIPES: Mapping[str, Recipe] = types.MappingProxyType(
         "crop_flip": Recipe(name="crop_flip"),
         "none": Recipe(name="none", geometry="center_crop", flip_probability=0.0),
         "vidt": _detection_recipe("vidt", DetectionGeometry(), flip_probability=0.5),
+        "fast": Recipe(
+            name="fast",
+            decoder="simplejpeg",
+            resizer="torch",
+            colour="three_augment",
+            colour_kernel="affine",
+            mix_probability=1.0,
+        ),
+        "fast_detection": _detection_recipe("fast_detection", DetectionGeometry(), flip_probability=0.5, fast=True),
     }
 )
 
@@ -287,7 +333,7 @@ def make_recipe(views: ViewsConfig) -> Recipe:
             crop_max_px=views.crop_max_px,
             canvas_multiple_px=views.canvas_multiple_px,
         )
-        recipe = _detection_recipe(preset.name, geometry, flip_probability=float(flips))
+        recipe = _detection_recipe(preset.name, geometry, flip_probability=float(flips), fast=preset.fast)
         return dataclasses.replace(recipe, mix_probability=float(probability))
     return dataclasses.replace(
         preset,

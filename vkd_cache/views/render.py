@@ -31,11 +31,12 @@ _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def render_view(image: Image.Image, params: ViewParams, recipe: Recipe) -> Pixels:
+def render_view(image: Image.Image | Pixels, params: ViewParams, recipe: Recipe) -> Pixels:
     """Render one view.
 
     Args:
-        image: RGB, decoded (and oriented, except for detection), of the size that the params were planned for.
+        image: RGB, decoded (and oriented, except for detection), of the size that the params were planned for: one of
+            Pillow's, or, for fast recipes, better a writable (height, width, 3) array in C order.
         params: planned, or read back from a cache.
         recipe: geometry and size of the view.
 
@@ -45,12 +46,17 @@ def render_view(image: Image.Image, params: ViewParams, recipe: Recipe) -> Pixel
     Raises:
         ValueError: the image has another size or mode than the params were planned for.
     """
-    if image.size != params.source_size or image.mode != "RGB":
+    size, mode = image_size(image), image.mode if isinstance(image, Image.Image) else "RGB"
+    if size != params.source_size or mode != "RGB":
         raise ValueError(
-            f"render_view: found an image of {image.size} in mode {image.mode}, expected {params.source_size} in RGB. "
+            f"render_view: found an image of {size} in mode {mode}, expected {params.source_size} in RGB. "
             "Is it the image that the view was planned for?"
         )
-    view = _crop(image, params.crop)
+    if recipe.fast:
+        from vkd_cache.views.fast import render_fast  # torch
+
+        return render_fast(np.array(image) if isinstance(image, Image.Image) else image, params, recipe)
+    view = _crop(image if isinstance(image, Image.Image) else Image.fromarray(image), params.crop)
     side = recipe.size_px
     if recipe.geometry == "detection":
         height, width = params.view_size
@@ -66,6 +72,13 @@ def render_view(image: Image.Image, params: ViewParams, recipe: Recipe) -> Pixel
     pixels = np.array(view, dtype=np.uint8)
     _erase(pixels, params)
     return pixels
+
+
+def image_size(image: Image.Image | Pixels) -> tuple[int, int]:
+    """(width, height) of a decoded image, pixels."""
+    if isinstance(image, Image.Image):
+        return image.size
+    return image.shape[1], image.shape[0]
 
 
 def pixel_digest(pixels: Pixels) -> int:
