@@ -27,6 +27,7 @@ from vkd_cache.errors import ConfigError
 from vkd_cache.runtime import library_versions
 from vkd_cache.sources import Source, source_identity
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, render_loader
+from vkd_cache.stages.shared_blocks import Empty
 from vkd_cache.stages.units import UnitAssembly, unit_tasks
 from vkd_cache.views.mixing import plan_mixing
 from vkd_cache.views.params import params_to_columns
@@ -146,7 +147,7 @@ def make_manifest(recipe: Recipe, dataset: dict[str, object], form: Form) -> Man
         numerics={"device": "cpu", "autocast": "off", "batch_size": 64},
         versions=library_versions(),
         backend=form.backend,
-        block_samples=256 if form.backend == "webdataset" else 0,
+        block_samples=1024 if form.backend == "webdataset" else 0,
     )
 
 
@@ -192,7 +193,7 @@ def random_weights(name: str, path: Path, *, seed: int, num_classes: int = 1000)
 class BlankRenderer(Renderer):
     """Renders nothing: what is left of a feed is order and mixing, and with a cache reading, decoding and joining."""
 
-    def __getitem__(self, task: RenderTask) -> RenderedBatch:
+    def render(self, task: RenderTask, empty: Empty) -> RenderedBatch:
         count = len(task.row)
         return RenderedBatch(
             tag=task.tag, shard=task.shard, row=task.row, view=task.view, pixels=torch.empty(0),

@@ -112,7 +112,7 @@ def killed(seed: int) -> tuple[object, float]:
     def take_for_ever() -> None:
         with pool_of(answer, workers, beside=seed % 2 == 1) as pool:
             for number, (message, tensor) in enumerate(pool.results(itertools.repeat(size))):
-                assert len(message) == int(tensor[0]) == size
+                assert len(message) == len(tensor) == size and int(tensor[-1]) == size % 256
                 if number == taken:
                     time.sleep(before_s)
                     os.kill(processes(pool)[taken % workers], signal.SIGKILL)
@@ -123,7 +123,7 @@ def killed(seed: int) -> tuple[object, float]:
 
 
 def test_killed_at_any_moment(capfd: pytest.CaptureFixture[str]) -> None:
-    """While it computes, in the middle of a message, before its tensor is fetched."""
+    """While it computes, in the middle of a message, and before a block has reached the main process."""
     for seed in range(KILLS):
         error, seconds = killed(seed)
         assert isinstance(error, SourceError), repr(error)

@@ -6,19 +6,36 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from vkd_cache.stages.shared_blocks import Empty
 from vkd_cache.stages.worker_pool import WorkerPool
 
 LEFT_OPEN: list[Any] = []
 
 
-def answer(size: int) -> tuple[bytes, torch.Tensor]:
-    """A message of about `size` bytes, with a tensor that is fetched from its sender's memory."""
-    return bytes(size), torch.full((100,), size)
+def answer(size: int, empty: Empty) -> tuple[bytes, torch.Tensor]:
+    """A message of about `size` bytes, with a tensor in a block of its own where it is a large one."""
+    pixels = empty((size,))
+    pixels.fill(size % 256)
+    return bytes(size), torch.from_numpy(pixels)
 
 
-def unlike_the_others(task: int) -> int:
+def arrays_of(task: tuple[int, int], empty: Empty) -> dict[str, npt.NDArray[np.int64] | torch.Tensor]:
+    """Arrays and tensors of (number, items), made here, there, and views of each other."""
+    number, count = task
+    made = empty((count, 3))
+    made.fill(number % 256)
+    plain = np.full((2, count), number, np.int64)
+    return {
+        "made": torch.from_numpy(made), "half": torch.from_numpy(made[: count // 2]), "plain": plain,
+        "turned": plain.T, "column": torch.from_numpy(plain)[:, ::2], "number": torch.tensor(number),
+    }  # fmt: skip
+
+
+def unlike_the_others(task: int, _: Empty) -> int:
     time.sleep(0.02 if task % 3 == 0 else 0)
     return -task
 
@@ -30,7 +47,7 @@ class Odd(Exception):
         super().__init__(f"{one} and {other}")
 
 
-def failing(task: int) -> int:
+def failing(task: int, _: Empty) -> int:
     if task == 3:
         raise KeyError("three")
     if task == 5:
@@ -38,12 +55,17 @@ def failing(task: int) -> int:
     return task
 
 
+def failing_with_a_block(task: int, empty: Empty) -> int:
+    empty((2**20,)).fill(task)
+    raise ValueError(f"number {task}")
+
+
 def kept(result: Any) -> Any:
     """Stands in for pinning memory, which needs a GPU; the thread that does it is the real one."""
     return result
 
 
-def pool_of(work: Callable[[Any], Any], workers: int, *, beside: bool = False) -> WorkerPool[Any, Any]:
+def pool_of(work: Callable[[Any, Empty], Any], workers: int, *, beside: bool = False) -> WorkerPool[Any, Any]:
     return WorkerPool(work, workers, name="digits", finish=kept if beside else None)
 
 

@@ -19,6 +19,7 @@ from vkd_cache.errors import BrokenImageError, CorruptCacheError, VkdCacheError
 from vkd_cache.runtime import library_versions
 from vkd_cache.sources import Source
 from vkd_cache.stages.layout import ViewLayout, detection_source, layout_of
+from vkd_cache.stages.shared_blocks import Empty, private_empty
 from vkd_cache.stages.worker_pool import WorkerPool
 from vkd_cache.views.blend import colour_rows
 from vkd_cache.views.boxes import ViewBoxes
@@ -140,11 +141,17 @@ class Renderer:
 
     def __getitem__(self, task: RenderTask) -> RenderedBatch:
         """Render one task; an error is returned in the batch, so that the caller decides what it stops."""
+        return self.render(task, private_empty)
+
+    def render(self, task: RenderTask, empty: Empty) -> RenderedBatch:
+        """The same, with pixels in memory that `empty` gives."""
         count = len(task.row)
         known = [self._known_params(task, position) for position in range(count)]
         layout = self._layout(task, known)
         frame = (self.recipe.size_px, self.recipe.size_px) if layout is None else layout.frame
-        pixels = np.zeros((count, *frame, 3), np.uint8)
+        pixels = empty((count, *frame, 3))
+        if layout is not None:
+            pixels.fill(0)  # canvases are larger than views
         params: list[ViewParams] = []
         digests = np.zeros(count, np.uint64)
         colours = [IDENTITY] * count
@@ -168,6 +175,7 @@ class Renderer:
             params = [_NO_PARAMS] * count
         ok = np.ones(count, np.bool_)
         ok[[position for position, _ in broken]] = False
+        pixels[~ok] = 0
         mix = task.mix
         if mix is not None and broken:
             mix = drop_partners(mix, np.flatnonzero(~ok))
@@ -272,7 +280,7 @@ def render_loader(
         for task in tasks:
             yield renderer[task] if finish is None else finish(renderer[task])
         return
-    with WorkerPool(renderer.__getitem__, workers, name=renderer.source.location, finish=finish) as pool:
+    with WorkerPool(renderer.render, workers, name=renderer.source.location, finish=finish) as pool:
         yield from pool.results(tasks)
 
 

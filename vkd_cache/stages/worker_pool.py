@@ -14,7 +14,6 @@ import os
 import queue
 import signal
 import socket
-import sys
 import threading
 import traceback
 from collections import deque
@@ -23,13 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from multiprocessing.reduction import ForkingPickler
-from types import TracebackType
+from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import torch
 
 from vkd_cache.errors import SourceError
+from vkd_cache.stages.shared_blocks import BorrowedBlocks, Empty, LendingBlocks, Parcel
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -49,8 +48,9 @@ class _Failure(NamedTuple):
 class _Worker:
     """The main process' side of one worker: its process, and the line to it."""
 
-    def __init__(self, work: Callable[[Any], Any], name: str) -> None:
+    def __init__(self, work: Callable[[Any, Empty], Any], name: str) -> None:
         self._name = name
+        self._blocks = BorrowedBlocks()
         self._waiting = threading.Lock()  # two threads that wait for one process get its exit code wrong
         context = multiprocessing.get_context("forkserver")
         self._line, its_end = context.Pipe()
@@ -69,7 +69,7 @@ class _Worker:
     def send(self, task: object) -> None:
         """Give it a task; it takes tasks at any time, so this does not wait for results."""
         try:
-            self._line.send(task)
+            self._line.send((self._blocks.returned(), task))
         except ConnectionError as error:
             raise self._death() from error
 
@@ -81,18 +81,22 @@ class _Worker:
             Exception: what its work raised.
         """
         try:
-            result = self._line.recv()
+            result = self._received()
         except EOFError as error:
             raise self._death() from error
         except Exception as error:
-            # half a message, or a message whose sender is gone before the tensors in it were fetched from it
-            if not self._has_ended():
+            if not self._has_ended():  # it has, if this was half a message
                 raise
             raise self._death() from error
         if isinstance(result, _Failure):
             result.error.add_note(f"In a data worker process:\n{result.trace}")
             raise result.error
         return result
+
+    def _received(self) -> Any:
+        parcel: Parcel = self._line.recv()
+        descriptors = [recv_handle(self._line) for _ in parcel.made]
+        return self._blocks.unpack(parcel, descriptors, self._line.recv_bytes())
 
     def _has_ended(self) -> bool:
         with self._waiting:
@@ -125,8 +129,6 @@ def _cause_of(exit_code: int | None) -> str:
     name = signal.Signals(number).name if number in set(signal.Signals) else ""
     if name == "SIGKILL":
         return " (SIGKILL). The usual cause is memory: use fewer --workers or a smaller --batch-size."
-    if name == "SIGBUS":
-        return " (SIGBUS). The usual cause is shared memory: use fewer --workers, or give a container more of /dev/shm."
     return f" ({name or 'cause unknown'}). If it happens again: use fewer --workers, or --workers 0 to see why."
 
 
@@ -137,11 +139,17 @@ class WorkerPool(Generic[Task, Result]):
     """
 
     def __init__(
-        self, work: Callable[[Task], Result], workers: int, *, name: str, finish: Callable[[Result], Result] | None
+        self,
+        work: Callable[[Task, Empty], Result],
+        workers: int,
+        *,
+        name: str,
+        finish: Callable[[Result], Result] | None,
     ) -> None:
         """
         Args:
-            work: what a worker does with a task; each has a copy.
+            work: what a worker does with a task; each has a copy. Large arrays of the result that it gets from the
+                second argument are not copied on their way.
             workers: number of processes, at least 1.
             name: what messages begin with.
             finish: what happens to a result here, in a thread of its own and ahead of whoever takes the results.
@@ -205,45 +213,45 @@ class WorkerPool(Generic[Task, Result]):
 # --- in the worker --------------------------------------------------------------------------------------------------
 
 
-def _work(work: Callable[[Any], Any], line: Connection) -> None:
+def _work(work: Callable[[Any, Empty], Any], line: Connection) -> None:
     """What a worker process does until the main process hangs up."""
     # both often go to a whole group of processes, and the main one decides when workers stop: see _signals_held_back
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    sys.excepthook = _unless_hung_up
     torch.set_num_threads(1)
     gc.freeze()  # or the collector writes to the pages that are shared with the server: a copy of 44 MiB a worker
-    tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    tasks: queue.SimpleQueue[tuple[list[int], Any]] = queue.SimpleQueue()
     for target, arguments in ((_take_tasks, (line, tasks)), (_exit_when_told, ())):
         threading.Thread(target=target, args=arguments, daemon=True, name=target.__name__).start()
+    blocks = LendingBlocks()
     while True:
-        message = _answer(work, tasks.get())
+        returned, task = tasks.get()
+        blocks.returned(returned)
+        parcel, descriptors, message = _answer(work, task, blocks)
         try:
+            line.send(parcel)
+            for descriptor in descriptors:
+                send_handle(line, descriptor, None)
+                os.close(descriptor)
             line.send_bytes(message)
         except ConnectionError:
             os._exit(0)
 
 
-def _unless_hung_up(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    # of the thread that hands tensors over: a main process that stops in the middle of one is no news
-    if not issubclass(kind, (ConnectionError, EOFError)):
-        sys.__excepthook__(kind, error, trace)
-
-
-def _answer(work: Callable[[Any], Any], task: object) -> Any:
+def _answer(work: Callable[[Any, Empty], Any], task: object, blocks: LendingBlocks) -> tuple[Parcel, list[int], bytes]:
     """The message with the result of `task`, or with what went wrong."""
     try:
-        return ForkingPickler.dumps(work(task))
+        return blocks.pack(work(task, blocks.empty))
     except Exception as error:  # noqa: BLE001 - raised again in the main process
         trace = traceback.format_exc()
         try:
-            message = ForkingPickler.dumps(_Failure(error, trace))
-            ForkingPickler.loads(message)
+            packed = blocks.pack(_Failure(error, trace))
+            BorrowedBlocks().unpack(Parcel((), (), ()), (), packed[2])
         except Exception:  # noqa: BLE001 - an error that cannot travel; what it says does
-            message = ForkingPickler.dumps(_Failure(RuntimeError(f"{type(error).__name__}: {error}"), trace))
-        return message
+            packed = blocks.pack(_Failure(RuntimeError(f"{type(error).__name__}: {error}"), trace))
+        return packed
 
 
-def _take_tasks(line: Connection, tasks: "queue.SimpleQueue[Any]") -> None:
+def _take_tasks(line: Connection, tasks: "queue.SimpleQueue[tuple[list[int], Any]]") -> None:
     """Take tasks as they come, so that the main process never waits to get rid of one; leave when there are no more."""
     try:
         while True:
