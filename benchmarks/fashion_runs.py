@@ -47,7 +47,8 @@ class Setting:
         judged: test images.
         size_px: side of a view.
         teacher, student: timm models.
-        teacher_epochs, teacher_lr, epochs, lr, batch_size: how they are trained; AdamW, cosine, warm-up.
+        teacher_epochs, teacher_lr, teacher_batch_size: how the teacher is trained; AdamW, cosine, warm-up.
+        epochs, lr, batch_size: how students are.
         feature_weight, logit_weight: of the loss terms that a variant has on.
         seed: of the order of images, of the views, and of the teacher's weights.
     """
@@ -60,6 +61,7 @@ class Setting:
     student: str = "test_efficientnet"
     teacher_epochs: int = 8
     teacher_lr: float = 4e-3
+    teacher_batch_size: int = 128
     epochs: int = 32
     lr: float = 4e-3
     batch_size: int = 50
@@ -107,16 +109,15 @@ class FashionRuns:
     def teacher(self) -> dict[str, Any]:
         """Result of the teacher: `top1` on the test images, percent; `output`, the name of its folder."""
         setting = self._setting
-        config = self._config(
-            setting.taught, setting.teacher, setting.seed, setting.teacher_epochs, setting.teacher_lr, batch_size=128
-        )
+        config = self._config(setting.taught, setting.teacher, setting.seed)
+        config["train"] |= _schedule(setting.teacher_epochs, setting.teacher_lr, setting.teacher_batch_size)
         config["loss"] = dict(PLAIN)
         config["views"]["seed"] = setting.seed + 1  # it teaches on other views than it learns from
         return self._trained("teacher", config)
 
     def cache(self, dtype: str, views: int) -> dict[str, Any]:
         """Result of an extraction over the students' images: `url`, `codec`, `bytes` and `bytes_per_view`."""
-        config = self._config(self._setting.learnt, "", 0, 1, 0.0)
+        config = self._config(self._setting.learnt)
         config |= {"teacher": self._taught(), "cache": {"dtype": dtype}}
         config["views"]["count"] = str(views)
         place = self._place("cache", config)
@@ -137,7 +138,8 @@ class FashionRuns:
         """Result of one student: `top1` on the test images, percent, `steps`, `seconds`, and of its projector
         `projector_norm` and `orthonormality_error`."""
         setting = self._setting
-        config = self._config(setting.learnt, setting.student, seed, setting.epochs, setting.lr)
+        config = self._config(setting.learnt, setting.student, seed)
+        config["train"] |= _schedule(setting.epochs, setting.lr, setting.batch_size)
         distils = variant.feature or variant.logit
         config["loss"] = {
             "feature_weight": setting.feature_weight * variant.feature,
@@ -154,9 +156,7 @@ class FashionRuns:
         with released_projector() if variant.killed else contextlib.nullcontext():
             return self._trained("student", config, "killed" if variant.killed else "")
 
-    def _config(
-        self, images: int, network: str, seed: int, epochs: int, lr: float, *, batch_size: int = 0
-    ) -> Overrides:
+    def _config(self, images: int, network: str = "", seed: int = 0) -> Overrides:
         """What all stages have in common; paths are below the folder."""
         setting = self._setting
         return {
@@ -165,9 +165,7 @@ class FashionRuns:
             "student": {"name": network},
             "extract": {"batch_size": setting.batch_size, "workers": 0, "device": "cpu"},
             "train": {
-                "epochs": epochs, "lr": lr, "min_lr": lr / 100, "warmup_epochs": min(1.0, epochs / 10), "seed": seed,
-                "batch_size": batch_size or setting.batch_size, "workers": 0, "device": "cpu", "eval_every": 0,
-                "log_every": 50, "resume": "auto",
+                "seed": seed, "workers": 0, "device": "cpu", "eval_every": 0, "log_every": 50, "resume": "auto",
             },
             "eval": {"batch_size": 250, "workers": 0, "device": "cpu", "crop_fraction": 1.0},
         }  # fmt: skip
@@ -232,6 +230,12 @@ class FashionRuns:
                 if placed.get(section, {}).get(name):
                     placed[section][name] = str(self._folder / placed[section][name])
         return load_config(None, placed)
+
+
+def _schedule(epochs: int, lr: float, batch_size: int) -> dict[str, Any]:
+    """The fields of [train] that say how long and how fast."""
+    warmup = min(1.0, epochs / 10)
+    return {"epochs": epochs, "lr": lr, "min_lr": lr / 100, "warmup_epochs": warmup, "batch_size": batch_size}
 
 
 @contextlib.contextmanager
