@@ -53,11 +53,27 @@ def setting(
         keywords |= {"callback": _listed, "metavar": metavar}
     elif metadata["choices"]:
         keywords |= {"type": click.Choice(metadata["choices"])}
+    elif metadata["zero_word"]:
+        keywords |= {"callback": _number_or(metadata["zero_word"]), "metavar": metavar}
     else:
         keywords |= {"type": hint, "metavar": metavar}
     if bare:
         keywords |= {"is_flag": False, "flag_value": ""}
     return click.option(flag, f"{section}__{name}", **keywords)
+
+
+def _number_or(word: str) -> Callable[[click.Context, click.Parameter, str | None], int | str | None]:
+    """Reads a whole number, or `word`, which stands for 0."""
+
+    def read(_context: click.Context, option: click.Parameter, value: str | None) -> int | str | None:
+        if value is None or value == word:
+            return value
+        try:
+            return int(value)
+        except ValueError as error:
+            raise click.BadParameter(f"{value!r} is neither a whole number nor {word!r}.", param=option) from error
+
+    return read
 
 
 def _listed(_context: click.Context, _option: click.Parameter, value: str | None) -> list[str] | None:

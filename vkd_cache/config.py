@@ -128,7 +128,16 @@ class CacheConfig:
         1.0, "share of each image's patch tokens to store (patch_1 to patch_4), a seeded sample", minimum=1e-4,
         maximum=1.0,
     )  # fmt: skip
-    block_samples: int = option(256, "samples per tar member of the webdataset backend", minimum=1, maximum=2**20)
+    pixels: str = option(
+        "none",
+        "keep the finished 8-bit views too, which the teacher then sees and training reads instead of the images",
+        choices=("none", "jpeg", "lossless"),
+    )
+    pixels_quality: int = option(90, "quality of pixels = jpeg", minimum=1, maximum=100)
+    block_samples: int = option(
+        0, "samples per tar member of the webdataset backend; 0: as the cache has that is there, else 1024", minimum=0,
+        maximum=2**20,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +145,12 @@ class ExtractConfig:
     """How the teacher is run."""
 
     batch_size: int = option(
-        64, "samples per teacher batch; even, so that mixed pairs stay together", minimum=2, maximum=_MAX_BATCH
+        64,
+        "samples per teacher batch; even, so that mixed pairs stay together; auto or 0: that of the cache if there is "
+        "one, else the fastest one that fits into memory, by trial",
+        minimum=0,
+        maximum=_MAX_BATCH,
+        zero_word="auto",
     )
     workers: int = option(
         2, "processes that decode and augment; 0: in the main process", minimum=0, maximum=_MAX_WORKERS
@@ -189,9 +203,9 @@ class LossConfig:
         choices=("layer_norm", "standardize", "whiten", "none"),
     )
     projector: str = option(
-        "polar",
-        "orthogonal map: polar (fast), or torch's own householder, matrix_exp, cayley; linear is unconstrained",
-        choices=("polar", "householder", "matrix_exp", "cayley", "linear"),
+        "qr",
+        "orthogonal map: qr (fast), or torch's own householder, matrix_exp, cayley; linear is unconstrained",
+        choices=("qr", "householder", "matrix_exp", "cayley", "linear"),
     )
 
 

@@ -12,6 +12,7 @@
     │   └── CorruptCacheError    bytes that are not what was published, or pixels that are not what the teacher saw
     ├── StorageError             a store behind a URL that does not answer, or refuses, after all attempts
     ├── TeacherError             a teacher that cannot be built, loaded or tapped
+    │   └── TeacherMemoryError   batches of a size that memory does not hold
     └── CheckpointError          a checkpoint that does not fit or cannot be read
 
 A message says where, what was found, what was expected and what to do, in that order, so that it can be shown to a
@@ -69,6 +70,10 @@ class StorageError(VkdCacheError):
 
 class TeacherError(VkdCacheError):
     """A teacher cannot be built, loaded or tapped."""
+
+
+class TeacherMemoryError(TeacherError):
+    """A batch of the teacher does not fit into memory."""
 
 
 class CheckpointError(VkdCacheError):

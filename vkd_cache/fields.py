@@ -21,9 +21,13 @@ def option(
     choices: tuple[str, ...] = (),
     minimum: float | None = None,
     maximum: float | None = None,
+    zero_word: str = "",
 ) -> Any:
-    """A documented field: `choices` for strings, inclusive bounds for numbers; of a tuple, for each of its entries."""
-    metadata = {"doc": doc, "choices": choices, "minimum": minimum, "maximum": maximum}
+    """A documented field: `choices` for strings, inclusive bounds for numbers; of a tuple, for each of its entries.
+
+    `zero_word` may stand for the number 0, where that one means something of its own.
+    """
+    metadata = {"doc": doc, "choices": choices, "minimum": minimum, "maximum": maximum, "zero_word": zero_word}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -52,11 +56,14 @@ def checked_value(value: object, hint: Any, metadata: Mapping[str, Any]) -> obje
         if not isinstance(value, (list, tuple)) or not all(type(entry) is entry_kind for entry in value):
             raise ValueError(f"found {_shown(value)}, expected a list of {_PLURALS[entry_kind]}")
         return tuple(checked_value(entry, entry_kind, metadata) for entry in value)
+    if value == metadata["zero_word"] and value != "":
+        return 0
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < _BEYOND_FLOATS else math.inf
     if type(value) is not wanted:
         quoted = f', in quotes: "{value}"' if wanted is str and type(value) in (int, float) else ""
-        raise ValueError(f"found {_shown(value)}, expected {_NAMES[wanted]}{quoted}")
+        either = f" or {metadata['zero_word']!r}" if metadata["zero_word"] else ""
+        raise ValueError(f"found {_shown(value)}, expected {_NAMES[wanted]}{either}{quoted}")
     if isinstance(value, str):
         _check_text(value)
         _check_choice(value, choices)

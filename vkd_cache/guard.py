@@ -13,6 +13,7 @@ import click
 
 from vkd_cache import console
 from vkd_cache.errors import ConfigError, VkdCacheError
+from vkd_cache.memory import is_out_of_memory
 
 _COMPILER_LACKS = ("InvalidCxxCompiler", "TritonMissing")  # torch's own errors come wrapped, with these in their text
 
@@ -44,7 +45,7 @@ def guarded(command: Callable[[], int | None]) -> int:
                     "one, or set compile = false in [train] and [extract].",
                     1,
                 )
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return _fail(f"out of memory: {error or 'no more can be had'} Use a smaller --batch-size.", 1)
 
@@ -58,12 +59,6 @@ def _advice(error: OSError) -> str:
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return ". Give another path, or have the right to use this one."
     return ""
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch may not be imported: its own error, for GPUs, is known by name; a CPU's is a plain RuntimeError
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "DefaultCPUAllocator" in str(error)
 
 
 def _fail(message: str, code: int) -> int:

@@ -18,6 +18,7 @@ from vkd_cache.console import counted
 from vkd_cache.errors import ConfigError
 from vkd_cache.runtime import JobSplit
 from vkd_cache.sources import Source, open_source
+from vkd_cache.stages.batch_size import Trial, batch_size_of_cache, try_sizes
 from vkd_cache.stages.copying import copies_of
 from vkd_cache.stages.extract_checks import check_fit, nodes_to_store
 from vkd_cache.stages.extract_job import ExtractJob, ExtractSummary
@@ -54,6 +55,12 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
     teacher = load_teacher(config.teacher, nodes=nodes, num_classes=source.num_classes, view_px=recipe.size_px)
     _warn_of_classes(teacher, source)
     run = start_teacher(teacher, config.extract, device)
+    if not run.batch_size and existing is not None:
+        run = _as_in_cache(run, existing.manifest)
+    tried: list[Trial] = []
+    if not (run.batch_size or dry_run):
+        size, tried = try_sizes(run, source, recipe)
+        run = dataclasses.replace(run, batch_size=size)
     plan = ExtractPlan(config=config, source=source, recipe=recipe, run=run)
     units = units_of_worker(len(source.shards), parse_view_range(config.views.count), split.index, split.count)
     if dry_run:
@@ -64,11 +71,14 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
         )
 
     writer = create_cache(config.cache.url, plan.manifest(existing), teacher.head_tensors())
+    if not config.extract.batch_size:  # of workers that begin a cache together, one decides
+        run = _as_in_cache(run, writer.manifest)
     todo = unpublished(writer.cache, units)
     _warn_of_batch_size(writer.manifest, run)
     if writer.leftovers:
         console.say(f"extract: removed {counted(len(writer.leftovers), 'leftover')} of killed writers")
-    log = RunLog(writer, "extract", split, {"config": config_to_json(config)})
+    asked = {"config": config_to_json(config), "batch_size": run.batch_size}
+    log = RunLog(writer, "extract", split, asked | {"batch_sizes_tried": [trial.to_json() for trial in tried]})
     job = ExtractJob(config, source, recipe, run, writer)
     job.do(todo)
     summary = dataclasses.replace(
@@ -116,6 +126,15 @@ def _check_config(config: Config) -> None:
         raise ConfigError("\n".join(problems))
 
 
+def _as_in_cache(run: TeacherRun, manifest: Manifest) -> TeacherRun:
+    """`run` with batches of the size that the cache was begun with, where it says one."""
+    stored = batch_size_of_cache(manifest)
+    if stored is None or stored == run.batch_size:
+        return run
+    console.say(f"extract: batches of {stored}, as the cache was begun with")
+    return dataclasses.replace(run, batch_size=stored)
+
+
 def _warn_of_batch_size(manifest: Manifest, run: TeacherRun) -> None:
     stored = manifest.numerics.get("batch_size")
     if stored != run.batch_size:
@@ -132,6 +151,12 @@ def _say_summary(config: Config, summary: ExtractSummary) -> None:
         f"{len(summary.units_failed)} failed; {summary.samples} views, {summary.bytes / 1e6:.1f} MB, "
         f"{summary.seconds:.1f} s ({rate:.1f} images/s) -> {config.cache.url}"
     )
+    if summary.limit:
+        busy, data, writer = (f"{100 * summary.shares[name]:.0f}%" for name in ("teacher", "data", "writer"))
+        console.say(
+            f"extract: limited by the {summary.limit}: the teacher was at work for {busy} of the time, waited for data "
+            f"for {data}, for the writer for {writer}"
+        )
     if summary.units_overtaken:
         console.say(
             f"extract: another job published {counted(summary.units_overtaken, 'unit')} of this share meanwhile "

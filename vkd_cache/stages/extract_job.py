@@ -6,7 +6,6 @@ meanwhile is neither.
 """
 
 import dataclasses
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,10 +18,14 @@ from vkd_cache import console
 from vkd_cache.cache.units import UnitId, by_view, record_path
 from vkd_cache.cache.writer import CacheWriter
 from vkd_cache.config import Config
-from vkd_cache.errors import SourceError, TeacherError
+from vkd_cache.errors import CacheError, SourceError, TeacherError
+from vkd_cache.memory import is_out_of_memory
 from vkd_cache.sources import Source, read_ahead
+from vkd_cache.stages.device_queue import DeviceQueue
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask
-from vkd_cache.stages.teaching import TeacherRun, taught_batches
+from vkd_cache.stages.stored_pixels import StoredPixels
+from vkd_cache.stages.teaching import TeacherRun, memory_told, taught_batches
+from vkd_cache.stages.time_spent import TimeSpent, limit_of, shares
 from vkd_cache.stages.transfer import model_input
 from vkd_cache.stages.unit_order import UnitOrder
 from vkd_cache.stages.units import UnitAssembly, check_storable, unit_tasks
@@ -47,6 +50,8 @@ class ExtractSummary:
         bytes: bytes of the units written.
         leftovers: files that killed writers had left, which this run removed.
         seconds: wall-clock time.
+        limit: `teacher`, `data` or `writer`: what would have to be faster for the job to be; empty without a batch.
+        shares: of the time from the first batch to the last, see `vkd_cache.stages.time_spent.shares`.
     """
 
     units_published: int = 0
@@ -59,6 +64,8 @@ class ExtractSummary:
     bytes: int = 0
     leftovers: int = 0
     seconds: float = 0.0
+    limit: str = ""
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -112,15 +119,15 @@ class ExtractJob:
     ) -> None:
         self._config = config
         self._source = source
-        self._renderer = Renderer(source, recipe, config.views.seed)
+        self._renderer = Renderer(source, recipe, config.views.seed, stored=StoredPixels.of_cache(writer.cache))
         self._run = run
         self._writer = writer
         self._failed: dict[UnitId, str] = {}
         self._broken: dict[str, str] = {}
-        self._seconds = {"data": 0.0, "teacher": 0.0, "write": 0.0}
+        self._spent = TimeSpent()
+        self._queue = DeviceQueue(run.device, self._spent)
         self._units_published = self._units_wasted = self._samples = self._bytes = 0  # by the writer thread alone
         self._units_left_out = 0
-        self._queued: torch.cuda.Event | None = None
 
     def do(self, units: list[UnitId]) -> None:
         """Make and publish `units`.
@@ -143,42 +150,39 @@ class ExtractJob:
             self._make(order, progress)
 
     def _make(self, order: UnitOrder, progress: console.Progress) -> None:
-        with WriterThread(lambda assembly: self._publish(assembly, order)) as writer:
+        with WriterThread(lambda assembly: self._publish(assembly, order)) as writer, memory_told(self._run):
             assembly: UnitAssembly | None = None
             for batch, pixels in self._timed_batches(order):
                 unit, is_last = batch.tag
                 assembly = assembly or self._new_assembly(unit)
-                started = time.monotonic()
                 if self._usable(batch):
-                    assembly.add(batch, self._run(model_input(batch, pixels)))
-                    self._keep_one_batch_queued()
-                self._seconds["teacher"] += time.monotonic() - started
+                    with self._queue.batch():
+                        assembly.add(batch, self._run(model_input(batch, pixels)))
                 writer.check()
                 if is_last:
                     if unit not in self._failed:
-                        writer.put(assembly)
+                        with self._spent.during("writer"):
+                            writer.put(assembly)
                     assembly = None
                 progress.advance(len(batch.row))
                 progress.detail(self._where_time_goes())
+            self._queue.finish()
+            self._spent.end()
             writer.finish()
             progress.detail(self._where_time_goes())
 
     def _new_assembly(self, unit: UnitId) -> UnitAssembly:
         return UnitAssembly(self._source, unit, self._writer.manifest.nodes, seed=self._config.views.seed)
 
-    def _keep_one_batch_queued(self) -> None:
-        """Wait for the batch before this one: the GPU has one to go on with, and memory for no more is needed."""
-        if self._run.device.type == "cuda":
-            if self._queued is not None:
-                self._queued.synchronize()
-            self._queued = torch.cuda.current_stream(self._run.device).record_event()
-
     def _timed_batches(self, order: UnitOrder) -> Iterator[tuple[RenderedBatch, torch.Tensor]]:
-        started = time.monotonic()
-        for item in taught_batches(self._renderer, self._tasks(order), self._config.extract.workers, self._run):
-            self._seconds["data"] += time.monotonic() - started
+        batches = taught_batches(self._renderer, self._tasks(order), self._config.extract.workers, self._run)
+        while True:
+            with self._spent.during("data"):
+                item = next(batches, None)
+            if item is None:
+                return
+            self._spent.begin()  # once: how long workers take to start limits nothing
             yield item
-            started = time.monotonic()
 
     def _tasks(self, order: UnitOrder) -> Iterator[RenderTask]:
         for unit in order:
@@ -207,7 +211,10 @@ class ExtractJob:
 
     def _publish(self, assembly: UnitAssembly, order: UnitOrder) -> None:
         """In the writer thread."""
-        started = time.monotonic()
+        with self._spent.during("writing"):
+            self._publish_unit(assembly, order)
+
+    def _publish_unit(self, assembly: UnitAssembly, order: UnitOrder) -> None:
         unit = assembly.unit
         try:
             if self._writer.cache.is_published(unit):
@@ -223,20 +230,33 @@ class ExtractJob:
                 raise
             self._units_wasted += 1
             order.lost(unit)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise CacheError(
+                f"out of memory while shard {unit.shard} of view {unit.view} was put together: "
+                f"{len(self._source.shards[unit.shard].keys)} samples are written at once. Give a smaller [source] "
+                "shard_size, or store fewer nodes or tokens, in another cache."
+            ) from error
         else:
             self._units_published += 1
             self._samples += record.num_samples
             self._bytes += record.num_bytes
-        self._seconds["write"] += time.monotonic() - started
 
     def _where_time_goes(self) -> str:
-        """Shares of the main loop's time; the writer works beside it, and waits for nobody until it reaches 100 %."""
-        total = max(self._seconds["data"] + self._seconds["teacher"], 1e-9)
-        shares = ", ".join(f"{what} {100 * spent / total:.0f}%" for what, spent in self._seconds.items())
-        return f"{shares} | {self._bytes / 1e6:.1f} MB"
+        """What limits the job now, and shares of the last half minute; the writer works beside the others."""
+        spent = self._spent.recent()
+        found = shares(spent)
+        # what workers take of a processor that the teacher runs on as well, nobody can tell
+        shared = " (data and teacher share the cores)" if self._run.device.type == "cpu" else ""
+        return (
+            f"limited by the {limit_of(spent)}{shared} | data {100 * found['data']:.0f}%, "
+            f"teacher {100 * found['teacher']:.0f}%, write {100 * found['writing']:.0f}% | {self._bytes / 1e6:.1f} MB"
+        )
 
     def summary(self) -> ExtractSummary:
         """What was done so far; skipped units and seconds are the caller's to know."""
+        spent = self._spent.whole()
         return ExtractSummary(
             units_published=self._units_published,
             units_overtaken=self._units_left_out + self._units_wasted,
@@ -245,4 +265,6 @@ class ExtractJob:
             samples=self._samples,
             broken=tuple(sorted(self._broken.items())),
             bytes=self._bytes,
+            limit=limit_of(spent) if spent.wall else "",
+            shares={name: round(share, 4) for name, share in shares(spent).items()} if spent.wall else {},
         )

@@ -138,14 +138,15 @@ class LiveTeacher:
 
     def __init__(self, config: Config, num_classes: int, view_px: int, device: torch.device) -> None:
         check_teacher_named(config)
+        from vkd_cache.stages.batch_size import beside_a_student
         from vkd_cache.stages.teaching import start_teacher
         from vkd_cache.teachers import load_classifier
 
         self._logits_used = config.loss.logit_weight > 0
         nodes = ("pooled", "logits") if self._logits_used else ("pooled",)
         teacher = load_classifier(config.teacher, nodes=nodes, num_classes=num_classes, view_px=view_px)
-        self._run = start_teacher(teacher, config.extract, device)
-        self._batch_size = config.extract.batch_size
+        self._run = start_teacher(teacher, beside_a_student(config), device)
+        self._batch_size = self._run.batch_size
         self._features_used = config.loss.feature_weight > 0
         self.identity: dict[str, Any] | None = teacher.identity
         self.numerics = self._run.numerics()

@@ -18,6 +18,8 @@ import torch
 
 from vkd_cache.config import ExtractConfig
 from vkd_cache.detection.canvas import CanvasBatch
+from vkd_cache.errors import TeacherMemoryError
+from vkd_cache.memory import is_out_of_memory
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, render_loader
 from vkd_cache.stages.transfer import ahead_on_device
 from vkd_cache.teachers import DetectionTeacher, Teacher
@@ -33,7 +35,7 @@ class TeacherRun:
     Attributes:
         teacher: frozen, in eval mode.
         device: where it lies.
-        batch_size: samples of every forward pass, padding included.
+        batch_size: samples of every forward pass, padding included; 0: not decided yet.
         padded: a detector's batches are filled up, as for a cache; without, some arithmetic is saved and the last bits
             may differ.
         autocast: off, float16 or bfloat16.
@@ -128,6 +130,26 @@ def _chunks_by_canvas(canvas: npt.NDArray[np.int64], batch_size: int) -> list[np
     return chunks
 
 
+@contextlib.contextmanager
+def memory_told(run: TeacherRun) -> Iterator[None]:
+    """Around batches of `run`: says of which size they are where memory cannot be had.
+
+    Raises:
+        TeacherMemoryError: in place of the errors that torch has for it.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        lines = str(error).strip().splitlines() or ["no more can be had"]
+        raise TeacherMemoryError(
+            f"out of memory on {run.device} with batches of {run.batch_size} ({lines[0][:200]}). Give a smaller "
+            "[extract] batch_size (--batch-size); for a new cache, auto finds one that fits. What is published is "
+            "intact: the same command with another size makes the rest."
+        ) from error
+
+
 def start_teacher(
     teacher: Teacher | DetectionTeacher, config: ExtractConfig, device: torch.device, *, padded: bool = True
 ) -> TeacherRun:
@@ -136,7 +158,7 @@ def start_teacher(
     if config.channels_last:
         teacher = teacher.to(memory_format=torch.channels_last)
     if config.compile:
-        teacher.compile()
+        teacher.compile(dynamic=False)  # with symbolic sizes, as torch's second shape would be, numbers are others
     return TeacherRun(
         teacher=teacher,
         device=device,

@@ -59,12 +59,13 @@ class LiveTokens:
     def __init__(self, config: Config, distilled: Sequence[str], num_classes: int, device: torch.device) -> None:
         """`distilled`: the nodes to compare; none: those of [cache] nodes, or all six."""
         check_teacher_named(config)
+        from vkd_cache.stages.batch_size import beside_a_student
         from vkd_cache.stages.teaching import start_teacher
         from vkd_cache.teachers import load_detector
 
         wanted = distilled or config.cache.nodes or NODES
         teacher = load_detector(config.teacher, nodes=wanted, num_classes=num_classes)
-        self._run = start_teacher(teacher, config.extract, device, padded=False)
+        self._run = start_teacher(teacher, beside_a_student(config), device, padded=False)
         self.distilled = tuple(name for name in NODES if name in teacher.nodes)
         self.identity: dict[str, Any] | None = teacher.identity
         self.numerics = self._run.numerics()
