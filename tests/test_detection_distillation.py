@@ -199,7 +199,7 @@ def test_projectors_are_orthogonal_and_learn() -> None:
     assert {name for name, _ in projectors.named_parameters()} == {
         f"{module}.{name}"
         for module in ("patch_projector_1", "neck_det_projector")
-        for name in ("weight", "bias", "projector.matrix")
+        for name in ("weight", "bias", "projector.directions")
     }
     nodes = {"patch_1": rows(1, 3).float(), "neck_det": rows(2, 3).float(), "body_det": rows(3, 3).float()}
     projected = projectors.project(nodes)
@@ -211,7 +211,7 @@ def test_projectors_are_orthogonal_and_learn() -> None:
     teacher = {name: tokens_from_rows(rows(4, 5).float(), GRID) for name in projected}
     detection_feature_loss(projected, teacher).backward()
     for name, parameter in projectors.named_parameters():
-        assert parameter.grad is not None and (parameter.grad.norm() > 1e-3) == name.endswith("matrix")
+        assert parameter.grad is not None and (parameter.grad.norm() > 1e-3) == name.endswith("directions")
 
 
 def test_errors_say_what_does_not_fit() -> None:

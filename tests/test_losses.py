@@ -109,11 +109,11 @@ def test_reference_values_and_gradients(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(KIND))
-def test_the_polar_map_gives_the_reference_s_losses_for_the_reference_s_weight(name: str) -> None:
+def test_the_default_map_gives_the_reference_s_losses_for_the_reference_s_weight(name: str) -> None:
     setup, given = CASES["cases"][name]["setup"], inputs(name)
     projector = OrthogonalProjector(setup["Cs"], setup["Ct"])
     with torch.no_grad():
-        projector.matrix.copy_(3.0 * torch.tensor(ARRAYS[f"{name}.W"]))  # the scale does not matter
+        projector.directions.copy_(3.0 * torch.tensor(ARRAYS[f"{name}.W"]))  # the scale does not matter
     found = run_case(projector, given)
     found["total"].backward()
     for theirs, ours in TERMS.items():
@@ -139,9 +139,9 @@ def test_reference_at_full_size() -> None:
     found = recipe.summary("loss." + name + ".W", weight.numpy())
     assert found["first8"] == pytest.approx(row["first8"], abs=TOLERANCE)
     assert found["l2"] == pytest.approx(row["l2"], rel=TOLERANCE)
-    polar = OrthogonalProjector(192, 3024)
-    polar.load_state_dict({"matrix": weight})
-    terms = run_case(polar, given)
+    ours = OrthogonalProjector(192, 3024)
+    ours.load_state_dict({"directions": weight})
+    terms = run_case(ours, given)
     terms["total"].backward()
     for theirs, ours in TERMS.items():
         assert close(terms[ours], case["f32"][theirs]), theirs

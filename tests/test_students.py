@@ -200,8 +200,8 @@ def test_wrong_students_are_named() -> None:
         create_student("deit_ti_distilled", input_px=40)
     with pytest.raises(ConfigError, match="no patch tokens"):
         create_student("pit_ti_distilled_224", 5, 7, input_px=64)
-    with pytest.raises(ConfigError, match="expected one of polar"):
-        create_student("test_vit", 5, 7, input_px=32, projector="qr")
+    with pytest.raises(ConfigError, match="expected one of qr"):
+        create_student("test_vit", 5, 7, input_px=32, projector="svd")
 
 
 def test_compiled_and_under_ddp_it_is_the_same_student(tmp_path: Path) -> None:
@@ -229,9 +229,9 @@ def test_compiled_and_under_ddp_it_is_the_same_student(tmp_path: Path) -> None:
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, other, strict=True))
 
 
-def small_student(projector: str | None = "polar") -> Student:
+def small_student(projector: str | None = "qr") -> Student:
     width = None if projector is None else 20
-    return create_student("test_resnet", 5, width, input_px=32, projector=projector or "polar")
+    return create_student("test_resnet", 5, width, input_px=32, projector=projector or "qr")
 
 
 def same_network(a: Student, b: Student) -> bool:
@@ -248,7 +248,7 @@ def test_checkpoints_load_whatever_wraps_them(prefix: str, nesting: str | None) 
 
 
 @pytest.mark.parametrize("saved_kind", [*KINDS, None])
-@pytest.mark.parametrize("own_kind", ["polar", "householder", None])
+@pytest.mark.parametrize("own_kind", ["qr", "householder", None])
 def test_projector_entries_are_loaded_or_left_aside(saved_kind: str | None, own_kind: str | None) -> None:
     saved, other = small_student(saved_kind), small_student(own_kind)
     before = None if other.projector is None else other.projector.weight.detach()

@@ -293,7 +293,7 @@ def test_students_of_all_kinds(
 def test_any_term_may_be_off(tiny_config: Build, few_tree: Path, few_cache: Path, tmp_path: Path, off: str) -> None:
     result = trained(tiny_config, few_tree, few_cache, tmp_path / "run", loss={off: 0.0})
     assert off.removesuffix("_weight") not in result[2][0]
-    assert ("projector.matrix" in result[0]) == (off != "feature_weight")
+    assert ("projector.directions" in result[0]) == (off != "feature_weight")
 
 
 def test_live_teacher_with_and_without_a_cache(tiny_config: Build, small_cache: Path, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_cached_and_live_teacher(build: Build, whole_cache: Path, tmp_path: Path
     assert found["live"] == found["planned"] != found["cached"]
     assert found["cached"] == pytest.approx(found["live"], rel=5e-3)
     state = weights(tmp_path / "cached")
-    assert sum(name.endswith("projector.matrix") for name in state) == len(NODES)
+    assert sum(name.endswith("projector.directions") for name in state) == len(NODES)
     assert found["cached"][-1] < found["cached"][0]
 
 

@@ -3,8 +3,8 @@
 A newcomer would use torch's `orthogonal` parametrization as it is, and lose the feature loss at the first optimizer
 step: its Householder map multiplies by the diagonal of its parameter *cast to int*, so the first weight decay turns -1
 into -0.999975, the cast gives 0, and the projector is exactly zero from then on (docs/losses.md). Here the default map
-is the polar factor of an unconstrained matrix: its scale does not matter, so nothing a decay does can kill it; and
-`never_decays` keeps every kind out of the decayed parameters (vkd_cache.optim).
+is the orthonormal factor of an unconstrained matrix: its scale does not matter, so nothing a decay does can kill it;
+and `never_decays` keeps every kind out of the decayed parameters (vkd_cache.optim).
 
 Shapes: B batch, Cs student width, Ct teacher width.
 """
@@ -17,31 +17,31 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from vkd_cache.errors import ConfigError
-from vkd_cache.polar import polar_factor
+from vkd_cache.orthonormal import orthonormal_factor
 
 REFERENCE_KINDS = ("householder", "matrix_exp", "cayley")  # torch's own maps, for comparison with the reference
-KINDS = ("polar", *REFERENCE_KINDS, "linear")
+KINDS = ("qr", *REFERENCE_KINDS, "linear")
 
 
 class OrthogonalProjector(nn.Module):
     """z (B, Cs) -> z W^T (B, Ct), W (Ct, Cs) with orthonormal columns where Ct >= Cs, rows where Ct <= Cs.
 
-    Orthonormal to 1e-5 at every step and computed in float32 whatever autocast says. Kinds: `polar` (default, one
-    parameter `matrix` of W's shape), torch's `householder`, `matrix_exp` and `cayley` (parameter and buffer named as
+    Orthonormal to 1e-5 at every step and computed in float32 whatever autocast says. Kinds: `qr` (default, one
+    parameter `directions` of W's shape), torch's `householder`, `matrix_exp` and `cayley` (parameter and buffer named as
     published: `parametrizations.weight.original`, `parametrizations.weight.0.base`, the latter square with the longer
     side) and `linear` (parameter `unconstrained`, W itself, as ablation).
 
-    Source: VkD (arXiv 2403.06213), section 3.1; deviation: the polar map is ours, the reference trains torch's.
+    Source: VkD (arXiv 2403.06213), section 3.1; deviation: the map is ours, the reference trains torch's.
 
     Raises:
         ConfigError: unknown kind, or a width below 1.
     """
 
     never_decays: ClassVar[bool] = True
-    matrix: nn.Parameter  # of kind polar
+    directions: nn.Parameter  # of kind qr
     unconstrained: nn.Parameter  # of kind linear
 
-    def __init__(self, in_features: int, out_features: int, kind: str = "polar") -> None:
+    def __init__(self, in_features: int, out_features: int, kind: str = "qr") -> None:
         super().__init__()
         if kind not in KINDS:
             raise ConfigError(f"projector: found '{kind}', expected one of {', '.join(KINDS)}.")
@@ -56,13 +56,13 @@ class OrthogonalProjector(nn.Module):
         else:
             start = nn.init.orthogonal_(torch.empty(out_features, in_features))
             # two names, so that a checkpoint of one kind is never taken for the other
-            self.register_parameter("matrix" if kind == "polar" else "unconstrained", nn.Parameter(start))
+            self.register_parameter("directions" if kind == "qr" else "unconstrained", nn.Parameter(start))
 
     @property
     def weight(self) -> Tensor:
         """W (Ct, Cs), in the parameter's own precision; each read computes the map anew."""
-        if self.kind == "polar":
-            return polar_factor(self.matrix)
+        if self.kind == "qr":
+            return orthonormal_factor(self.directions)
         if self.kind == "linear":
             return self.unconstrained
         constraint = self.get_submodule("parametrizations.weight")

@@ -32,7 +32,7 @@ class TokenProjector(nn.Module):
     published checkpoints have them.
     """
 
-    def __init__(self, in_features: int, out_features: int, kind: str = "polar") -> None:
+    def __init__(self, in_features: int, out_features: int, kind: str = "qr") -> None:
         super().__init__()
         self.projector = OrthogonalProjector(in_features, out_features, kind)
         self.weight = nn.Parameter(torch.ones(out_features))
@@ -56,7 +56,7 @@ class TokenProjectors(nn.Module):
         ConfigError: unknown kind, or a width below 1.
     """
 
-    def __init__(self, nodes: Sequence[str], student_width: int, teacher_width: int, kind: str = "polar") -> None:
+    def __init__(self, nodes: Sequence[str], student_width: int, teacher_width: int, kind: str = "qr") -> None:
         super().__init__()
         self.node_names = tuple(nodes)
         for name in self.node_names:
