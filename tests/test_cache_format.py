@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from vkd_cache.cache import zarr_backend
 from vkd_cache.cache.codecs import encode_node
+from vkd_cache.cache.differences import manifest_differences
 from vkd_cache.cache.documents import canonical, seal, unseal
 from vkd_cache.cache.reader import open_cache
-from vkd_cache.cache.schema import Manifest, UnitRecord, manifest_differences
+from vkd_cache.cache.schema import Manifest, UnitRecord
 from vkd_cache.cache.units import pack_unit, unpack_unit
 from vkd_cache.cache.writer import create_cache
 from vkd_cache.errors import CacheError, CacheFormatError, CorruptCacheError

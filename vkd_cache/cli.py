@@ -67,6 +67,7 @@ def cli() -> None:
 @setting("--dtype", "cache.dtype")
 @setting("--nodes", "cache.nodes", metavar="NAME,...")
 @setting("--tokens", "cache.tokens", metavar="X")
+@setting("--pixels", "cache.pixels")
 @setting("--backend", "cache.backend")
 @setting("--shard-size", "source.shard_size", metavar="N")
 @setting("--batch-size", "extract.batch_size", metavar="N")

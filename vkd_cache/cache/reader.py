@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from vkd_cache.cache.arrays import Array
 from vkd_cache.cache.codecs import decode_node, rounding_bound, stored_arrays
 from vkd_cache.cache.documents import MAX_DOCUMENT_BYTES, unseal
+from vkd_cache.cache.pixel_codecs import EncodedViews
 from vkd_cache.cache.schema import Manifest, NodeSpec, UnitRecord
 from vkd_cache.cache.storage import Storage, open_storage
 from vkd_cache.cache.token_codecs import decode_tokens, tokens_rounding_bound
@@ -78,6 +79,11 @@ class Unit:
         """
         spec = self._spec(name, tokens=False)
         return decode_node(spec, self._stored(spec), rows)
+
+    @property
+    def pixels(self) -> EncodedViews | None:
+        """The n stored views, still encoded as the manifest's `pixels` says; None where the cache stores none."""
+        return None if self._manifest.pixels is None else EncodedViews.of_columns(self.columns)
 
     def layout(self, name: str) -> str:
         """How a node is laid out: `tokens`, to be read by `tokens`, or one of the layouts that `node` reads.

@@ -8,10 +8,11 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from vkd_cache.cache.documents import FORMAT_VERSION, Fields, canonical, check_version, seal, unseal
+from vkd_cache.cache.pixel_codecs import PixelSpec
 from vkd_cache.errors import CacheFormatError
 
 LAYOUTS = ("pooled", "logits", "feature_map", "tokens")
@@ -154,6 +155,7 @@ class Manifest:
         versions: of the libraries; only those of FINGERPRINTED_VERSIONS have to match.
         backend: `zarr` or `webdataset`.
         block_samples: samples per tar member of the webdataset backend; 0 with zarr, which has no blocks.
+        pixels: how the views' pixels are stored beside the nodes; None, and then not in the JSON form: not at all.
     """
 
     dataset: dict[str, Any]
@@ -166,6 +168,7 @@ class Manifest:
     versions: dict[str, str]
     backend: str = "zarr"
     block_samples: int = 0
+    pixels: PixelSpec | None = None
 
     @property
     def num_shards(self) -> int:
@@ -188,7 +191,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object, with the format version."""
-        body = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        body = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "pixels"}
+        body |= {"pixels": self.pixels.to_json()} if self.pixels is not None else {}
         return {**body, "format_version": FORMAT_VERSION, "nodes": [spec.to_json() for spec in self.nodes]}
 
     @classmethod
@@ -215,6 +219,7 @@ class Manifest:
             versions=_checked_versions(fields),
             backend=fields.text("backend", BACKENDS),
             block_samples=_checked_block(fields),
+            pixels=PixelSpec.from_json(fields.body["pixels"], where) if "pixels" in fields.body else None,
         )
 
     def fingerprinted(self) -> dict[str, Any]:
@@ -266,26 +271,6 @@ def _checked_head(fields: Fields, where: str) -> dict[str, Any] | None:
     if not re.fullmatch(r"[0-9a-f]{64}", head.text("sha256")):
         raise head.refuse("sha256", "64 hexadecimal digits")
     return head.body
-
-
-def manifest_differences(a: Manifest, b: Manifest) -> list[tuple[str, Any, Any]]:
-    """Every fingerprinted field in which two manifests differ: (path, value in a, value in b).
-
-    A field that one side lacks has the value None there. Lists of one length are compared entry by entry.
-    """
-    return list(_differences("", a.fingerprinted(), b.fingerprinted()))
-
-
-def _differences(path: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        for name in sorted(a.keys() | b.keys()):
-            yield from _differences(f"{path}.{name}" if path else name, a.get(name), b.get(name))
-    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        for index, (entry_a, entry_b) in enumerate(zip(a, b, strict=True)):
-            yield from _differences(f"{path}[{index}]", entry_a, entry_b)
-    # the type too: True == 1 and 1 == 1.0 in Python, but not in the canonical bytes that are hashed
-    elif a != b or type(a) is not type(b):
-        yield path, a, b
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

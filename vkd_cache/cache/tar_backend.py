@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from vkd_cache.cache.arrays import Array
+from vkd_cache.cache.pixel_codecs import OFFSETS, PIXELS
 from vkd_cache.cache.schema import Manifest
 from vkd_cache.errors import CacheFormatError
 
 _MEMBER = re.compile(rb"([0-9]{6,12})\.([a-z0-9_.]+)\.npy")
-_OFFSETS = re.compile(r"key_offsets|node\.[a-z0-9_]+\.offsets")
+_OFFSETS = re.compile(r"key_offsets|pixels_offsets|node\.[a-z0-9_]+\.offsets")
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
 # a header as NumPy writes it, and nothing else: dtypes without objects, plain numbers, no Python to evaluate
 _NPY_HEADER = re.compile(
@@ -54,7 +55,8 @@ def _ragged_columns(manifest: Manifest) -> dict[str, str]:
     """Column -> the one that says where each row of it starts."""
     tokens = [f"node.{node.name}" for node in manifest.nodes if node.layout == "tokens"]
     ragged = {f"{name}{suffix}": f"{name}.offsets" for name in tokens for suffix in ("", ".scale", ".index")}
-    return {"key_bytes": "key_offsets", **ragged}
+    stored = {PIXELS: OFFSETS} if manifest.pixels is not None else {}
+    return {"key_bytes": "key_offsets", **stored, **ragged}
 
 
 def _rows_of(columns: Mapping[str, Array], name: str, ragged: Mapping[str, str], start: int, end: int) -> Array:

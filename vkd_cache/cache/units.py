@@ -16,6 +16,7 @@ import numpy as np
 from vkd_cache.cache import tar_backend, zarr_backend
 from vkd_cache.cache.arrays import Array, check_array, column_of, summary
 from vkd_cache.cache.codecs import array_shapes, stored_arrays
+from vkd_cache.cache.pixel_codecs import check_pixels
 from vkd_cache.cache.schema import Manifest
 from vkd_cache.cache.token_codecs import check_tokens
 from vkd_cache.errors import CacheFormatError
@@ -188,6 +189,8 @@ def check_columns(columns: Mapping[str, Array], manifest: Manifest, where: str) 
             f"{where}: column 'op_value': found shape {columns['op_value'].shape}, expected op_id's "
             f"{columns['op_id'].shape}."
         )
+    if manifest.pixels is not None:
+        check_pixels(columns, num_rows, where)
     for node in manifest.nodes:
         if node.layout == "tokens":
             check_tokens(columns, node, num_rows, where)

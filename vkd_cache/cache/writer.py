@@ -17,9 +17,10 @@ import xxhash
 
 from vkd_cache.cache.arrays import Array
 from vkd_cache.cache.codecs import encode_node
+from vkd_cache.cache.differences import manifest_differences
 from vkd_cache.cache.documents import seal
 from vkd_cache.cache.reader import MANIFEST_PATH, Cache, read_manifest
-from vkd_cache.cache.schema import Manifest, NodeSpec, UnitRecord, manifest_differences
+from vkd_cache.cache.schema import Manifest, NodeSpec, UnitRecord
 from vkd_cache.cache.storage import TEMPORARY, Storage, open_storage
 from vkd_cache.cache.token_codecs import encode_tokens
 from vkd_cache.cache.units import UnitId, check_columns, pack_unit, record_path, unit_path

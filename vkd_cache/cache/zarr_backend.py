@@ -17,6 +17,7 @@ import numpy as np
 from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
 
 from vkd_cache.cache.arrays import Array
+from vkd_cache.cache.pixel_codecs import PIXELS
 from vkd_cache.cache.schema import Manifest
 from vkd_cache.errors import CacheFormatError
 
@@ -71,9 +72,10 @@ def pack(columns: Mapping[str, Array], manifest: Manifest) -> bytes:
 
 
 def _uncompressed(manifest: Manifest) -> set[str]:
-    # dense maps and tokens shrink by a tenth for twice the time
+    # dense maps and tokens shrink by a tenth for twice the time, and encoded pixels not at all
     suffixes = {"feature_map": ("",), "tokens": ("", ".scale", ".sum", ".sumsq")}
-    return {f"node.{node.name}{suffix}" for node in manifest.nodes for suffix in suffixes.get(node.layout, ())}
+    nodes = {f"node.{node.name}{suffix}" for node in manifest.nodes for suffix in suffixes.get(node.layout, ())}
+    return {PIXELS, *nodes}
 
 
 def _array_metadata(shape: tuple[int, ...], dtype: np.dtype[Any], compressed: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 
 from vkd_cache.cache.arrays import Array
 from vkd_cache.cache.codecs import decode_node, encode_node, stored_arrays
+from vkd_cache.cache.pixel_codecs import OFFSETS, PIXELS, EncodedViews
 from vkd_cache.cache.reader import Cache
 from vkd_cache.cache.schema import Manifest, NodeSpec, UnitRecord
 from vkd_cache.cache.token_codecs import decode_tokens, encode_tokens
@@ -108,13 +109,21 @@ def unit_columns(parts: Sequence[Part], manifest: Manifest) -> dict[str, Array]:
     first = parts[0]
     names = columns_of(manifest)
     if len(parts) == 1 and first.is_whole:
-        return {name: first.arrays[name] for name in (*names, "key_bytes", "key_offsets")}
+        ragged = ("key_bytes", "key_offsets", *((PIXELS, OFFSETS) if manifest.pixels is not None else ()))
+        return {name: first.arrays[name] for name in (*names, *ragged)}
     columns: dict[str, Array] = {
         name: np.concatenate([part.arrays[name][part.rows] for part in parts]) for name in names
     }
     for name in ("row", "partner"):
         columns[name] = np.concatenate([_moved(part, name) for part in parts])
+    if manifest.pixels is not None:
+        stored = [(EncodedViews.of_columns(part.arrays), part.rows) for part in parts]
+        columns |= EncodedViews.joined([views[row] for views, rows in stored for row in _places(rows)]).to_columns()
     return columns | keys_to_columns([key for part in parts for key in keys_from_columns(part.arrays)[part.rows]])
+
+
+def _places(rows: slice) -> range:
+    return range(rows.start, rows.stop)
 
 
 def _moved(part: Part, name: str) -> npt.NDArray[np.uint32]:

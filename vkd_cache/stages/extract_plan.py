@@ -21,6 +21,7 @@ from vkd_cache.sources import Source, source_identity
 from vkd_cache.stages.extract_checks import share_of
 from vkd_cache.stages.extract_probe import probe_teacher
 from vkd_cache.stages.extract_size import view_bytes
+from vkd_cache.stages.stored_pixels import StoredPixels, wanted_spec
 from vkd_cache.stages.teaching import TeacherRun
 from vkd_cache.teachers import DetectionTeacher
 from vkd_cache.tokens import Tokens, tokens_from_sequences
@@ -73,11 +74,12 @@ class ExtractPlan:
             ("units to make", f"{len(todo)} of this worker's {len(units)}"),
             ("views to render", str(samples)),
             ("bytes before compression", self._bytes_text(nodes, samples)),
+            ("stored pixels", str(wanted_spec(config.cache) or "none")),
         ]  # fmt: skip
         console.show_table("extract, dry run: nothing is written", ("what", "value"), rows)
 
     def _manifest(self, nodes: tuple[NodeSpec, ...]) -> Manifest:
-        config = self.config
+        config, spec = self.config, wanted_spec(self.config.cache)
         return Manifest(
             dataset=source_identity(self.source).to_json(),
             recipe=self.recipe.to_json(),
@@ -86,9 +88,10 @@ class ExtractPlan:
             teacher=self.run.teacher.identity,
             head=describe_head(self.run.teacher.head_tensors())[0],
             numerics=self.run.numerics(),
-            versions=library_versions(*self.recipe.libraries),
+            versions=library_versions(*self.recipe.libraries, *(spec.libraries if spec is not None else ())),
             backend=config.cache.backend,
             block_samples=config.cache.block_samples if config.cache.backend == "webdataset" else 0,
+            pixels=spec,
         )
 
     def _known_nodes(self, existing: Cache | None) -> tuple[NodeSpec, ...] | None:
@@ -112,9 +115,14 @@ class ExtractPlan:
                 return None
         return tuple(nodes)
 
+    @property
+    def stored(self) -> StoredPixels | None:
+        """How the views are to be stored."""
+        return StoredPixels.wanted(self.config.cache)
+
     def _measured_nodes(self) -> tuple[NodeSpec, ...]:
         cache = self.config.cache
-        nodes = probe_teacher(self.source, self.recipe, self.config.views.seed, self.run)
+        nodes = probe_teacher(self.source, self.recipe, self.config.views.seed, self.run, self.stored)
         head = self.run.teacher.head_tensors()
         return tuple(
             resolve_codec(name, cache.dtype, values, head if name == "pooled" else None, share_of(name, cache))

@@ -15,6 +15,7 @@ from vkd_cache.cache.units import UnitId
 from vkd_cache.errors import SourceError, TeacherError, VkdCacheError
 from vkd_cache.sources import Source
 from vkd_cache.stages.rendering import Renderer
+from vkd_cache.stages.stored_pixels import StoredPixels
 from vkd_cache.stages.teaching import TeacherRun, taught_batches
 from vkd_cache.stages.transfer import model_input
 from vkd_cache.stages.unit_tokens import on_host, stored_dtype
@@ -23,7 +24,9 @@ from vkd_cache.tokens import Tokens, join_tokens
 from vkd_cache.views.recipe import Recipe
 
 
-def probe_teacher(source: Source, recipe: Recipe, seed: int, run: TeacherRun) -> dict[str, Output]:
+def probe_teacher(
+    source: Source, recipe: Recipe, seed: int, run: TeacherRun, stored: StoredPixels | None = None
+) -> dict[str, Output]:
     """Node values (n, ...) or tokens of n images of the first unit that has any.
 
     As many batches as it takes (`enough_to_measure`). Broken images, unreadable files and
@@ -32,7 +35,7 @@ def probe_teacher(source: Source, recipe: Recipe, seed: int, run: TeacherRun) ->
     Raises:
         SourceError, TeacherError: there is no sample with finite features.
     """
-    renderer = Renderer(source, recipe, seed)
+    renderer = Renderer(source, recipe, seed, stored=stored)
     why: VkdCacheError | None = None
     for shard in range(len(source.shards)):
         found: list[dict[str, Output]] = []

@@ -21,7 +21,7 @@ import torch
 from vkd_cache import console
 from vkd_cache.errors import CorruptCacheError
 from vkd_cache.sources import read_ahead
-from vkd_cache.stages.joining import Nodes, Part, joined_columns, joined_mix, joined_nodes
+from vkd_cache.stages.joining import Nodes, Part, joined_columns, joined_mix, joined_nodes, joined_pixels
 from vkd_cache.stages.order import EpochOrder
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, keep_rows, render_loader
 from vkd_cache.stages.unit_views import CachedViews, ShardView, Views
@@ -160,7 +160,8 @@ class Feed:
     def _read_ahead(self, windows: Sequence[npt.NDArray[np.int64]], view: int) -> None:
         """Start reading the units of a window and of the next, and their images; forget what lies further back."""
         now, *soon = (shards.tolist() for shards in windows)
-        read_ahead(self._renderer.source, now, [*itertools.chain(*soon)])
+        if self._views.reads_images:
+            read_ahead(self._renderer.source, now, [*itertools.chain(*soon)])
         for shard in np.concatenate(windows).tolist():
             self._unit(shard, view)
         # the window being left may still have slots in the batch that crosses over: hence three
@@ -198,6 +199,7 @@ class Feed:
             params=columns or None,
             digest=None if digest is None else digest.astype(np.uint64),
             check=None if digest is None else _chosen(len(row), self._schedule, epoch, step),
+            stored=joined_pixels(parts, len(row)),
         )
         return task, joined_nodes(parts, len(row), self._nodes)
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vkd_cache.cache.pixel_codecs import Encoded, EncodedViews
 from vkd_cache.cache.reader import Unit
 from vkd_cache.stages.unit_views import ShardView
 from vkd_cache.tokens import Tokens, join_tokens
@@ -50,6 +51,19 @@ def joined_columns(parts: Sequence[Part], count: int) -> dict[str, npt.NDArray[n
                 joined[name] = np.empty((count, *column.shape[1:]), column.dtype)
             joined[name][part.position] = column[rows]
     return joined
+
+
+def joined_pixels(parts: Sequence[Part], count: int) -> EncodedViews | None:
+    """Stored views in batch order, still encoded; None where images are to be rendered."""
+    views: list[Encoded] = [b""] * count
+    for part in parts:
+        pixels = None if part.content.unit is None else part.content.unit.pixels
+        if part.content.unit is None or pixels is None:
+            return None
+        rows = part.unit_rows(part.content.unit)
+        for position, row in zip(part.position.tolist(), rows.tolist(), strict=True):
+            views[position] = pixels[row]
+    return EncodedViews.joined(views)
 
 
 def joined_nodes(parts: Sequence[Part], count: int, names: Sequence[str]) -> Nodes:

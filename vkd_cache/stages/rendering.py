@@ -15,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vkd_cache.cache.pixel_codecs import EncodedViews
 from vkd_cache.errors import BrokenImageError, CorruptCacheError, VkdCacheError
 from vkd_cache.runtime import library_versions
 from vkd_cache.sources import Source
 from vkd_cache.stages.layout import ViewLayout, detection_source, layout_of
 from vkd_cache.stages.shared_blocks import Empty, private_empty
+from vkd_cache.stages.stored_pixels import StoredPixels
 from vkd_cache.stages.worker_pool import WorkerPool
 from vkd_cache.views.blend import colour_rows
 from vkd_cache.views.boxes import ViewBoxes
@@ -45,6 +47,7 @@ class RenderTask:
         params: stored param columns, b rows; None: plan the views.
         digest: (b,) uint64 stored pixel digests, where `check` asks for them.
         check: (b,) bool, which digests to compare.
+        stored: pixels to decode, with `params`, instead of reading and rendering the images; None: those are rendered.
     """
 
     tag: Any
@@ -55,6 +58,7 @@ class RenderTask:
     params: Columns | None = None
     digest: npt.NDArray[np.uint64] | None = None
     check: npt.NDArray[np.bool_] | None = None
+    stored: EncodedViews | None = None
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -74,6 +78,7 @@ class RenderedBatch:
         canvas: detection: (b, 2) int64 (height, width) of each view's canvas.
         boxes: detection: what there is to find in each view.
         colour: fast recipes with colour operations: (b, 3) float32 of `colour_rows`, for `adjust_colour`.
+        stored: rendered views as their cache stores them, broken ones empty; None: it does not, or has them already.
         error: what stopped the task, if anything did; then the arrays mean nothing.
     """
 
@@ -91,6 +96,7 @@ class RenderedBatch:
     canvas: npt.NDArray[np.int64] | None = None
     boxes: list[ViewBoxes] | None = None
     colour: torch.Tensor | None = None
+    stored: EncodedViews | None = None
     error: VkdCacheError | None = None
 
 
@@ -115,6 +121,7 @@ def keep_rows(rendered: RenderedBatch, keep: npt.NDArray[np.integer]) -> None:
         )
     rendered.shard, rendered.row, rendered.ok = rendered.shard[keep], rendered.row[keep], rendered.ok[keep]
     rendered.columns = {name: values[keep] for name, values in rendered.columns.items()}
+    rendered.stored = None if rendered.stored is None else rendered.stored.take(keep)
     if rendered.view_size is not None and rendered.canvas is not None and rendered.boxes is not None:
         rendered.view_size, rendered.canvas = rendered.view_size[keep], rendered.canvas[keep]
         rendered.boxes = [rendered.boxes[position] for position in keep.tolist()]
@@ -124,9 +131,20 @@ class Renderer:
     """Renders tasks of one source under one recipe and cache seed; worker processes hold a copy each."""
 
     def __init__(
-        self, source: Source, recipe: Recipe, seed: int, *, made_with: Mapping[str, str] | None = None
+        self,
+        source: Source,
+        recipe: Recipe,
+        seed: int,
+        *,
+        made_with: Mapping[str, str] | None = None,
+        stored: StoredPixels | None = None,
     ) -> None:
-        """`made_with`: library versions of the cache whose views are replayed, for messages.
+        """
+        Args:
+            source: the images.
+            recipe, seed: of the plan.
+            made_with: library versions of the cache whose views are replayed, for messages.
+            stored: how a cache stores the views, which are what that leaves of them; None: it does not.
 
         Raises:
             ConfigError: the recipe is not for this kind of data.
@@ -138,6 +156,7 @@ class Renderer:
         self._maps_colour = recipe.colour_kernel == "affine"
         self.seed = seed
         self._made_with = made_with
+        self._stored = stored
 
     def __getitem__(self, task: RenderTask) -> RenderedBatch:
         """Render one task; an error is returned in the batch, so that the caller decides what it stops."""
@@ -155,12 +174,18 @@ class Renderer:
         params: list[ViewParams] = []
         digests = np.zeros(count, np.uint64)
         colours = [IDENTITY] * count
+        stored = [b""] * count
         broken: list[tuple[int, str]] = []
         error: VkdCacheError | None = None
         try:
             for position in range(count):
                 try:
-                    view_params, content = self._render(task, position, known[position])
+                    if task.stored is not None:
+                        view_params, content = self._stored_view(task, position, known[position], pixels[position])
+                    else:
+                        view_params, content = self._render(task, position, known[position])
+                        if self._stored is not None:
+                            stored[position], content = self._stored.stored(content)
                     digests[position] = pixel_digest(content)
                     pixels[position, : content.shape[0], : content.shape[1]] = content
                     self._check_digest(task, position, int(digests[position]))
@@ -196,6 +221,7 @@ class Renderer:
             canvas=None if layout is None else layout.canvas,
             boxes=None if layout is None else layout.boxes,
             colour=colour_rows(colours) if self._maps_colour else None,
+            stored=EncodedViews.joined(stored) if self._stored is not None and task.stored is None else None,
             error=error,
         )
 
@@ -236,14 +262,31 @@ class Renderer:
             )
         return params, render_view(image, params, self.recipe)
 
+    def _stored_view(
+        self, task: RenderTask, position: int, params: ViewParams | None, room: npt.NDArray[np.uint8]
+    ) -> tuple[ViewParams, npt.NDArray[np.uint8]]:
+        """A view from its stored pixels, in `room` where it fills that, without a look at the image."""
+        if self._stored is None or task.stored is None or params is None:
+            raise ValueError("RenderTask: found stored pixels, expected params too, and a renderer of such views.")
+        height, width = params.view_size if self._boxed is not None else room.shape[:2]
+        content = room if (height, width) == room.shape[:2] else np.empty((height, width, 3), np.uint8)
+        self._stored.decode(task.stored[position], content, f"view {task.view} of key '{self._key(task, position)}'")
+        return params, content
+
+    def _key(self, task: RenderTask, position: int) -> str:
+        return self.source.shards[int(task.shard[position])].keys[int(task.row[position])]
+
     def _check_digest(self, task: RenderTask, position: int, digest: int) -> None:
         if task.digest is None or task.check is None or not task.check[position]:
             return
-        if digest != int(task.digest[position]):
-            key = self.source.shards[int(task.shard[position])].keys[int(task.row[position])]
+        expected = int(task.digest[position])
+        if digest != expected:
+            key = self._key(task, position)
+            if self._stored is not None and task.stored is not None:
+                raise self._stored.other_pixels(f"view {task.view} of key '{key}'", digest, expected)
             raise CorruptCacheError(
                 f"{self.source.location}: view {task.view} of key '{key}' renders to pixels with digest "
-                f"{digest:016x}, the teacher saw {int(task.digest[position]):016x}. {self._what_changed()}"
+                f"{digest:016x}, the teacher saw {expected:016x}. {self._what_changed()}"
             )
 
     def _what_changed(self) -> str:

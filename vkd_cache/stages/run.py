@@ -23,6 +23,7 @@ from vkd_cache.stages.feed import Feed, Schedule
 from vkd_cache.stages.learner import Learner
 from vkd_cache.stages.ranks import take_device
 from vkd_cache.stages.rendering import Renderer
+from vkd_cache.stages.stored_pixels import StoredPixels
 from vkd_cache.stages.supply import CachedTeacher, LiveTeacher, NoTeacher, Supply, whitening_of_cache
 from vkd_cache.stages.task import Task
 from vkd_cache.stages.unit_views import CachedViews, PlannedViews, Views
@@ -120,7 +121,11 @@ class Run:
         """The batches of this rank."""
         train = self.config.train
         made_with = self.cache.manifest.versions if self.cache is not None else None
-        renderer = Renderer(self.source, self.recipe, self.config.views.seed, made_with=made_with)
+        # without a cache, a live teacher sees what an extraction would have stored
+        wanted = StoredPixels.wanted(self.config.cache) if train.live_teacher and self.cache is None else None
+        stored = StoredPixels.of_cache(self.cache) or wanted
+        seed = self.config.views.seed
+        renderer = Renderer(self.source, self.recipe, seed, made_with=made_with, stored=stored)
         schedule = Schedule(
             epochs=train.epochs,
             batch_size=train.batch_size,

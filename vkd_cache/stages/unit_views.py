@@ -41,10 +41,12 @@ class Views(Protocol):
     Attributes:
         views: the views that epochs take turns with.
         num_broken: broken images that are known to be left out of every view.
+        reads_images: whether rendering them reads the images of the source.
     """
 
     views: Sequence[int]
     num_broken: int
+    reads_images: bool
 
     def slot_counts(self, view: int) -> Sequence[int]:
         """Slots per shard."""
@@ -64,6 +66,7 @@ class PlannedViews:
         self._seed = seed
         self.views = views
         self.num_broken = 0
+        self.reads_images = True
 
     def slot_counts(self, view: int) -> Sequence[int]:
         """Two samples a slot, an odd one alone."""
@@ -85,6 +88,7 @@ class CachedViews:
         self._slot_counts: dict[int, list[int]] = {}
         self.views = views
         self.num_broken = 0
+        self.reads_images = cache.manifest.pixels is None
 
     def slot_counts(self, view: int) -> Sequence[int]:
         """Two samples a slot, as the view's records say; they are read once."""

@@ -13,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vkd_cache.cache.pixel_codecs import EncodedViews
 from vkd_cache.cache.schema import NodeSpec
 from vkd_cache.cache.units import UnitId, keys_to_columns
 from vkd_cache.errors import TeacherError
 from vkd_cache.sources import CocoSource, Source, is_detection
+from vkd_cache.stages.device_queue import blocking_event
 from vkd_cache.stages.rendering import RenderedBatch, RenderTask
 from vkd_cache.stages.unit_tokens import (
     HALF_DTYPES,
@@ -90,8 +92,8 @@ def mix_of_batch(plan: MixPlan, rows: npt.NDArray[np.int64]) -> MixPlan:
 class UnitAssembly:
     """Collects the batches of one unit and gives its columns and node values, without the broken rows.
 
-    Only what is stored is kept. Pixels, and anything else that a worker process has sent as a tensor, are not: a unit
-    of them would be gigabytes, and each holds a file descriptor.
+    Only what is stored is kept. Decoded pixels, and anything else that a worker process has sent as a tensor, are not:
+    a unit of them would be gigabytes, and each holds a file descriptor.
     """
 
     def __init__(self, source: Source, unit: UnitId, nodes: Sequence[NodeSpec] = (), *, seed: int = 0) -> None:
@@ -104,6 +106,7 @@ class UnitAssembly:
         self._rows: list[npt.NDArray[np.int64]] = []
         self._ok: list[npt.NDArray[np.bool_]] = []
         self._columns: list[dict[str, npt.NDArray[np.generic]]] = []
+        self._pixels: list[EncodedViews] = []
         self._broken: list[tuple[str, int, str]] = []
         self._outputs: list[dict[str, Output]] = []
         self._copied: list[torch.cuda.Event] = []
@@ -113,6 +116,7 @@ class UnitAssembly:
         self._rows.append(batch.row)
         self._ok.append(batch.ok)
         self._columns.append(batch.columns | _mix_columns(batch))
+        self._pixels += [batch.stored] if batch.stored is not None else []
         self._broken += [
             (self._shard.keys[row], row, reason)
             for row, reason in ((int(batch.row[position]), reason) for position, reason in batch.broken)
@@ -122,7 +126,9 @@ class UnitAssembly:
         tensors = [values.values if isinstance(values, Tokens) else values for values in outputs.values()]
         device = next((tensor.device for tensor in tensors if tensor.device.type == "cuda"), None)
         if device is not None:
-            self._copied.append(torch.cuda.current_stream(device).record_event())
+            copied = blocking_event()
+            copied.record(torch.cuda.current_stream(device))
+            self._copied.append(copied)
 
     def _kept(self, name: str, values: Output, batch: RenderedBatch) -> Output:
         """What is stored of a node, on its way to the host."""
@@ -156,6 +162,9 @@ class UnitAssembly:
         rows = rows[order]
         columns |= keys_to_columns([self._shard.keys[row] for row in rows.tolist()])
         columns |= {"row": rows.astype(np.uint32), "label": self._shard.labels[rows].astype(np.uint32)}
+        if self._pixels:
+            views = [part[place] for part in self._pixels for place in range(len(part))]
+            columns |= EncodedViews.joined([views[place] for place in order.tolist()]).to_columns()
         return columns, self._joined(order, ok), sorted(self._broken, key=_row)
 
     def _joined(self, order: npt.NDArray[np.int64], ok: npt.NDArray[np.bool_]) -> dict[str, Output]:

@@ -1,11 +1,13 @@
 """Second level of a verification: views rendered again from their stored params, and planned again from the seed.
 
 A newcomer's trap: both are needed. Equal digests show that training will see what the teacher saw; an equal plan shows
-where the params came from, so that further views belong to the same distribution.
+where the params came from, so that further views belong to the same distribution. Of stored views both are checked:
+what they decode to, and what comes of rendering and storing them again.
 
 Shape legend: b rows of a task.
 """
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,6 +21,7 @@ from vkd_cache.cache.units import UnitId, record_path
 from vkd_cache.detection.sampling import sample_places
 from vkd_cache.sources import Source
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, pixel_versions, render_loader
+from vkd_cache.stages.stored_pixels import StoredPixels
 from vkd_cache.stages.verify_sample import Level
 from vkd_cache.views.mixing import drop_partners, plan_mixing_in
 from vkd_cache.views.params import params_from_columns, params_to_columns
@@ -43,7 +46,8 @@ class PixelCheck:
         self._source = source
         self._level = level
         self._recipe = cache.recipe
-        self._renderer = Renderer(source, self._recipe, cache.manifest.seed)
+        self._stored = StoredPixels.of_cache(cache)
+        self._renderer = Renderer(source, self._recipe, cache.manifest.seed, stored=self._stored)
         self._under_way: deque[tuple[RenderTask, Unit]] = deque()
 
     def run(self, chosen: Mapping[UnitId, npt.NDArray[np.int64]], workers: int) -> None:
@@ -54,9 +58,13 @@ class PixelCheck:
             for batch in loader:
                 task, unit = self._under_way.popleft()
                 for at, part in enumerate(self._each(batch, task)):
-                    self._check_row(part, unit, int(task.row[at]))
-                self._level.checked += len(task.row)
-                progress.advance(len(task.row))
+                    if task.stored is not None:
+                        self._check_stored(part, unit, int(task.row[at]))
+                    else:
+                        self._check_row(part, unit, int(task.row[at]))
+                if task.stored is None:
+                    self._level.checked += len(task.row)
+                    progress.advance(len(task.row))
 
     def _tasks(self, chosen: Mapping[UnitId, npt.NDArray[np.int64]]) -> Iterator[RenderTask]:
         for unit_id, rows in chosen.items():
@@ -71,19 +79,22 @@ class PixelCheck:
             for part, replayed in ((rows[stored], True), (rows[~stored], False)):
                 for start in range(0, len(part), _BATCH):
                     batch_rows = part[start : start + _BATCH]
-                    task = self._task(unit, batch_rows, replayed)
-                    self._under_way.append((task, unit))
-                    yield task
+                    for task in self._tasks_of(unit, batch_rows, replayed):
+                        self._under_way.append((task, unit))
+                        yield task
 
-    def _task(self, unit: Unit, rows: npt.NDArray[np.int64], replayed: bool) -> RenderTask:
+    def _tasks_of(self, unit: Unit, rows: npt.NDArray[np.int64], replayed: bool) -> Iterator[RenderTask]:
         at = np.searchsorted(unit.rows, rows)
-        return RenderTask(
+        task = RenderTask(
             tag=None,
             shard=np.full(len(rows), unit.id.shard, np.int64),
             row=rows,
             view=unit.id.view,
             params={name: unit.columns[name][at] for name in param_columns(self._recipe)} if replayed else None,
         )
+        yield task
+        if replayed and unit.pixels is not None:
+            yield dataclasses.replace(task, stored=unit.pixels.take(at))
 
     def _each(self, batch: RenderedBatch, task: RenderTask) -> Iterator[tuple[RenderedBatch, int]]:
         """Every row as (batch, position in it); rows of a batch that met an error are rendered one by one."""
@@ -93,8 +104,21 @@ class PixelCheck:
                 continue
             one = slice(at, at + 1)
             params = None if task.params is None else {name: values[one] for name, values in task.params.items()}
-            single = RenderTask(tag=None, shard=task.shard[one], row=task.row[one], view=task.view, params=params)
+            stored = None if task.stored is None else task.stored.take([at])
+            shard, row = task.shard[one], task.row[one]
+            single = RenderTask(tag=None, shard=shard, row=row, view=task.view, params=params, stored=stored)
             yield self._renderer[single], 0
+
+    def _check_stored(self, rendered: tuple[RenderedBatch, int], unit: Unit, row: int) -> None:
+        """What a stored view decodes to."""
+        batch, at = rendered
+        key = self._source.shards[unit.id.shard].keys[row]
+        found, expected = int(batch.columns["digest"][at]), int(unit.columns["digest"][np.searchsorted(unit.rows, row)])
+        error = batch.error
+        if error is None and found != expected and self._stored is not None:
+            error = self._stored.other_pixels(f"view {unit.id.view} of key '{key}'", found, expected)
+        if error is not None:
+            self._level.error(record_path(unit.id), str(error))
 
     def _check_row(self, rendered: tuple[RenderedBatch, int], unit: Unit, row: int) -> None:
         batch, at = rendered

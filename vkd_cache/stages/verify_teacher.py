@@ -17,6 +17,7 @@ import torch
 
 from vkd_cache import console
 from vkd_cache.cache.documents import Fields
+from vkd_cache.cache.pixel_codecs import EncodedViews
 from vkd_cache.cache.reader import MANIFEST_PATH, Cache, Unit
 from vkd_cache.cache.units import UnitId, record_path
 from vkd_cache.config import MAX_CLASSES, MAX_SIDE_PX, Config, ExtractConfig, TeacherConfig
@@ -24,6 +25,7 @@ from vkd_cache.errors import TeacherError
 from vkd_cache.sources import Source
 from vkd_cache.stages.ranks import take_device
 from vkd_cache.stages.rendering import Renderer, RenderTask, render_loader
+from vkd_cache.stages.stored_pixels import StoredPixels
 from vkd_cache.stages.teaching import TeacherRun, start_teacher
 from vkd_cache.stages.transfer import ahead_on_device, model_input
 from vkd_cache.stages.unit_tokens import on_host
@@ -71,7 +73,7 @@ def check_teacher(
     recipe = cache.recipe
     under_way: deque[list[_Part]] = deque()
     tasks = _tasks(_replayable(cache, recipe, chosen, level), recipe, run.batch_size, under_way)
-    renderer = Renderer(source, recipe, cache.manifest.seed)
+    renderer = Renderer(source, recipe, cache.manifest.seed, stored=StoredPixels.of_cache(cache))
     total = sum(map(len, chosen.values()))
     workers = config.extract.workers if total > FEW_VIEWS else 0
     loader = render_loader(renderer, tasks, workers=workers, pin_memory=run.device.type == "cuda")
@@ -228,7 +230,15 @@ def _task(parts: list[_Part], recipe: Recipe, under_way: deque[list[_Part]]) -> 
             box=box.astype(np.uint16),
         ),
         params=columns,
+        stored=_stored_views(parts),
     )
+
+
+def _stored_views(parts: list[_Part]) -> EncodedViews | None:
+    """The pixels that the teacher saw, where the cache stores them."""
+    found = [(part.unit.pixels, part.place.tolist()) for part in parts]
+    views = [pixels[place] for pixels, places in found if pixels is not None for place in places]
+    return EncodedViews.joined(views) if views else None
 
 
 def _partner(part: _Part) -> npt.NDArray[np.int64]:
