@@ -24,7 +24,7 @@ from vkd_cache.views.sizes import canvas_of
 
 KEPT_FREE = 0.1  # of a GPU's memory: fragments, and what others on it take
 KEPT_FREE_ON_HOST = 0.5  # data workers and the units in the making need theirs
-_TIMED_S = 2.0  # of the repetitions together; a batch that takes longer is timed once
+_TIMED_S = 1.0  # of the repetitions together; a batch that takes longer is timed once
 _REPETITIONS = 3
 _MOST_BATCHES = 50  # of a repetition
 
