@@ -21,7 +21,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 
 # arrows go down, or stay inside one part
 LEVELS = {"__main__": 5, "cli": 4, "cli_settings": 3, "stages": 2}
-LEVELS |= dict.fromkeys(("console", "config", "fields", "errors", "runtime", "sealing", "weights"), 0)
+LEVELS |= dict.fromkeys(("console", "config", "fields", "errors", "runtime", "sealing", "weights", "memory"), 0)
 LEVELS |= dict.fromkeys(("pipeline_file", "remote", "remote_faults", "urls", "local_copies"), 0)
 PARTS_LEVEL = 1  # cache, sources, views, teachers, students, losses, ...
 SIDEWAYS = {
@@ -37,7 +37,7 @@ SIDEWAYS = {
     ("students", "vkd_cache.detection.pretrained"),
     ("students", "vkd_cache.detection.vidt"),
     ("losses", "vkd_cache.normalisation"),
-    ("projector", "vkd_cache.polar"),
+    ("projector", "vkd_cache.orthonormal"),
     ("detection", "vkd_cache.losses"),
     ("detection", "vkd_cache.normalisation"),
     ("detection", "vkd_cache.projector"),

@@ -76,7 +76,7 @@ def create_detector(
     *,
     nodes: Sequence[str] = (),
     teacher_width: int | None = None,
-    projector: str = "polar",
+    projector: str = "qr",
     drop_path: float = 0.0,
     cross_scale_fusion: bool = False,
     iou_aware: bool = False,

@@ -23,7 +23,7 @@ def create_student(
     *,
     input_px: int = 224,
     drop_path: float = 0.0,
-    projector: str = "polar",
+    projector: str = "qr",
 ) -> Student:
     """Build a student with random weights, in training mode.
 
@@ -34,7 +34,7 @@ def create_student(
             evaluation).
         input_px: side of the images.
         drop_path: stochastic depth rate.
-        projector: kind of the orthogonal map: polar, householder, matrix_exp, cayley, linear.
+        projector: kind of the orthogonal map: qr, householder, matrix_exp, cayley, linear.
 
     Raises:
         ConfigError: unknown name, a detector's name, or a combination the model does not take.

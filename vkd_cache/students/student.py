@@ -44,7 +44,7 @@ class Student(nn.Module):
     """
 
     def __init__(
-        self, net: nn.Module, teacher_width: int | None = None, *, input_px: int = 224, projector: str = "polar"
+        self, net: nn.Module, teacher_width: int | None = None, *, input_px: int = 224, projector: str = "qr"
     ) -> None:
         super().__init__()
         self.net = net
