@@ -145,7 +145,8 @@ def test_auto_finds_a_size_where_memory_is_short_and_a_fixed_one_says_what_to_do
     bound = 850 * 2**20  # threads reserve address space, too
     assert 8 * speed_jobs.IMAGE_BYTES < bound < 16 * speed_jobs.IMAGE_BYTES
     teacher = {"name": "speed_jobs:hungry"}
-    fixed = make(teacher=teacher, extract={"batch_size": 16}, cache={"url": str(tmp_path / "fixed"), "dtype": "float16"})
+    elsewhere = {"url": str(tmp_path / "fixed"), "dtype": "float16"}
+    fixed = make(teacher=teacher, extract={"batch_size": 16}, cache=elsewhere)
     code, said = run_in(bound, fixed, tmp_path / "said-fixed")
     assert code == 1
     assert "Error: out of memory on cpu with batches of 16" in said
