@@ -30,20 +30,23 @@ BACKENDS = ("zarr", "webdataset")
 
 
 def code_block(heading: str) -> str:
+    """The program of a section; it may use the function of the section on packed columns."""
     section = FORMAT_PAGE.read_text(encoding="utf-8").split(f"## {heading}\n")[1].split("\n## ")[0]
     (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    return str(block)
+    return str(block) if heading == "Packed columns" else f"{code_block('Packed columns')}\n{block}"
 
 
 # webdataset leaves closing its file to the garbage collector
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.parametrize("codec", ["float32", "float16", "sqrt_uint8"])
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("version", [1, 2])
 def test_the_page_reads_a_cache_without_us(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, codec: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, codec: str, version: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    writer = create_cache("my-cache", make_manifest(backend=backend, nodes=(make_node(codec),)))
+    manifest = make_manifest(backend=backend, nodes=(make_node(codec),), format_version=version)
+    writer = create_cache("my-cache", manifest)
     writer.publish(0, 0, make_columns(7), {"pooled": make_values(7)})
     theirs: dict[str, Any] = {}
     exec(code_block(f"Read it without us: {backend}"), theirs)
@@ -55,22 +58,27 @@ def test_the_page_reads_a_cache_without_us(
     np.testing.assert_array_equal(theirs["values"], ours["values"].numpy())
 
 
-def test_plain_zarr_sees_every_column(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_plain_zarr_sees_every_column(tmp_path: Path, version: int) -> None:
     import zarr
 
     nodes = (make_node("bfloat16"), make_node("float16", "feature_map", (3, 2, 2)), make_node("token_int8", "logits"))
-    writer = create_cache(str(tmp_path), make_manifest(nodes=nodes))
+    writer = create_cache(str(tmp_path), make_manifest(nodes=nodes, format_version=version))
+    page: dict[str, Any] = {}
+    exec(code_block("Packed columns"), page)
     for shard, rows in enumerate((6, 0)):
         values = {"pooled": make_values(rows), "feature_map": make_values(rows, (3, 2, 2)), "logits": make_values(rows)}
         record = writer.publish(shard, 0, make_columns(rows, num_ops=0), values)
         unit = unpack_unit((tmp_path / record.files[0][0]).read_bytes(), writer.manifest)
         with zarr.storage.ZipStore(tmp_path / record.files[0][0], mode="r") as store:
             arrays = dict(zarr.open_group(store, mode="r").arrays())
-            assert arrays.keys() == unit.keys()
-            for name, array in arrays.items():
-                assert isinstance(array, zarr.Array)
-                assert array.metadata.zarr_format == 3
-                np.testing.assert_array_equal(np.asarray(array[...]), unit[name])
+            assert all(isinstance(array, zarr.Array) and array.metadata.zarr_format == 3 for array in arrays.values())
+            seen = {name: np.asarray(array[...]) for name, array in arrays.items()}
+        seen |= page["unpacked"](seen.pop("columns")) if version == 2 else {}
+        assert seen.keys() == unit.keys()
+        for name, array in seen.items():
+            assert array.dtype == unit[name].dtype
+            np.testing.assert_array_equal(array, unit[name])
 
 
 def test_metadata_is_what_zarr_itself_would_write() -> None:
@@ -97,7 +105,7 @@ def test_the_manifest_comes_back(tmp_path: Path) -> None:
     assert Manifest.from_json(unseal(seal(manifest.to_json()), "x")) == manifest
     create_cache(str(tmp_path), manifest)
     stored = json.loads((tmp_path / "manifest.json").read_bytes())
-    assert stored["format_version"] == 1
+    assert stored["format_version"] == 2
     assert (tmp_path / "manifest.json").read_bytes() == (json.dumps(stored, sort_keys=True, indent=1) + "\n").encode()
 
 
@@ -159,11 +167,11 @@ def test_differences_name_the_field_and_both_values() -> None:
     assert typed == [("recipe.flip", 1, True)]
 
 
-@pytest.mark.parametrize("version", [2, 10**9])
+@pytest.mark.parametrize("version", [3, 10**9])
 def test_a_newer_format_is_refused_with_advice(tmp_path: Path, version: int) -> None:
     # whatever else has changed in it, its seal too
     (tmp_path / "manifest.json").write_text(json.dumps({"format_version": version, "nodes": "something new"}))
-    with pytest.raises(CacheFormatError, match=f"found format version {version}.*reads version 1. Upgrade vkd-cache"):
+    with pytest.raises(CacheFormatError, match=f"found format version {version}.*reads up to 2. Upgrade vkd-cache"):
         open_cache(str(tmp_path))
 
 
@@ -179,7 +187,8 @@ def test_unknown_fields_are_tolerated(tmp_path: Path) -> None:
     assert cache.manifest.nodes == writer.manifest.nodes
     assert UnitRecord.from_bytes(path.read_bytes(), "x") == record
     columns = {**make_columns(2), "weather": np.zeros(2, np.uint8), "node.pooled": np.zeros((2, 5), np.float16)}
-    assert "weather" in unpack_unit(pack_unit(columns, make_manifest()), make_manifest())
+    for manifest in (make_manifest(), make_manifest(format_version=1)):
+        assert "weather" in unpack_unit(pack_unit(columns, manifest), manifest)
 
 
 JSON = st.recursive(
@@ -290,7 +299,7 @@ def test_canonical_bytes_are_a_function_of_the_object(body: dict[str, Any]) -> N
 @given(draw=st.data())
 def test_a_hostile_unit_file_is_a_format_error(backend: str, draw: st.DataObject) -> None:
     """Past the checksum, as when a record was made for a file that is not a unit."""
-    manifest = make_manifest(backend=backend)
+    manifest = make_manifest(backend=backend, format_version=draw.draw(st.sampled_from([1, 2])))
     columns = {**make_columns(2, num_ops=1), "node.pooled": encode_node(make_values(2), "float16")[""]}
     data = bytearray(pack_unit(columns, manifest))
     for _ in range(draw.draw(st.integers(1, 8))):

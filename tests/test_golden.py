@@ -168,7 +168,7 @@ def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def test_a_newer_version_is_refused(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = shutil.copytree(V1 / "zarr", tmp_path / "cache")
     path = cache / ("manifest.json" if part == "manifest" else record_path(UnitId(1, 0)))
-    reseal(path, lambda body: body.update(format_version=2, surprise=[1, 2]))
+    reseal(path, lambda body: body.update(format_version=3, surprise=[1, 2]))
     commands = {
         "verify": ["verify", str(cache), "--repair", "--json"],
         "train": ["train", "--source", str(V1 / "digits"), "--cache", str(cache), "--student", "test_vit", "--output",
@@ -179,7 +179,7 @@ def test_a_newer_version_is_refused(part: str, tmp_path: Path, capsys: pytest.Ca
             main(arguments)
         said = capsys.readouterr()
         text = " ".join((said.out if command == "verify" and part == "record" else said.err).split())
-        assert f"{path.name}: found format version 2, this vkd-cache reads version 1. Upgrade vkd-cache" in text
+        assert f"{path.name}: found format version 3, this vkd-cache reads up to 2. Upgrade vkd-cache" in text
         assert done.value.code == (3 if command == "verify" and part == "record" else 1)
     assert path.exists()
 

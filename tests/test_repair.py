@@ -213,7 +213,7 @@ def test_a_manifest_that_was_replaced_costs_no_unit(cache: Path, small_cache: Pa
 
 def test_what_is_only_newer_is_kept(cache: Path) -> None:
     body = unseal((cache / RECORD).read_bytes(), "record")
-    (cache / RECORD).write_bytes(seal(body | {"format_version": 2}))
+    (cache / RECORD).write_bytes(seal(body | {"format_version": 3}))
     before = contents(cache)
     report = repair(cache)
     assert (report.exit_code, report.repaired) == (3, ())

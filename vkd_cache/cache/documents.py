@@ -14,7 +14,8 @@ import xxhash
 
 from vkd_cache.errors import CacheFormatError, CacheVersionError, CorruptCacheError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read, and that of new manifests
+FIRST_VERSION = 1
 SEAL = "xxh3_128"
 MAX_DOCUMENT_BYTES = 2**28  # a million shards take a quarter of it
 _DEEPEST = 32  # objects within objects; the format needs five, and a stack has an end
@@ -86,10 +87,11 @@ def check_version(body: Mapping[str, Any], where: str, *, intact: bool = True) -
     found = body.get("format_version")
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         raise CacheFormatError(
-            f"{where}: format_version: found {_short(found)}, expected {FORMAT_VERSION}. Is this a cache?"
+            f"{where}: format_version: found {_short(found)}, expected {FIRST_VERSION} to {FORMAT_VERSION}. Is this a "
+            "cache?"
         )
     if found > FORMAT_VERSION:
-        message = f"{where}: found format version {_short(found)}, this vkd-cache reads version {FORMAT_VERSION}. "
+        message = f"{where}: found format version {_short(found)}, this vkd-cache reads up to {FORMAT_VERSION}. "
         if not intact:
             raise CacheFormatError(f"{message}Upgrade vkd-cache, or restore the file: its checksum does not fit.")
         raise CacheVersionError(f"{message}Upgrade vkd-cache to read this cache.")

@@ -11,7 +11,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vkd_cache.cache.documents import FORMAT_VERSION, Fields, canonical, check_version, seal, unseal
+from vkd_cache.cache.documents import (
+    FIRST_VERSION,
+    FORMAT_VERSION,
+    Fields,
+    canonical,
+    check_version,
+    seal,
+    unseal,
+)
 from vkd_cache.cache.pixel_codecs import PixelSpec
 from vkd_cache.errors import CacheFormatError
 
@@ -28,6 +36,7 @@ FINGERPRINTED_VERSIONS = ("libjpeg", "pillow", "simplejpeg", "timm", "torch")
 MAX_ELEMENTS = 2**28
 MAX_WIDTHS = {"pooled": 2**16, "tokens": 2**16, "logits": 2**20}  # a student has a projector as wide as its teacher
 MAX_BLOCK_SAMPLES = 2**20
+BLOCK_SAMPLES = 1024  # where nobody asks for another number
 MAX_SHARDS = 2**20
 NODE_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
@@ -156,6 +165,7 @@ class Manifest:
         backend: `zarr` or `webdataset`.
         block_samples: samples per tar member of the webdataset backend; 0 with zarr, which has no blocks.
         pixels: how the views' pixels are stored beside the nodes; None, and then not in the JSON form: not at all.
+        format_version: from 2 on the columns of a unit but those of its nodes are packed.
     """
 
     dataset: dict[str, Any]
@@ -169,6 +179,12 @@ class Manifest:
     backend: str = "zarr"
     block_samples: int = 0
     pixels: PixelSpec | None = None
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def packs_columns(self) -> bool:
+        """Whether the columns that describe the rows of a unit are packed in one array."""
+        return self.format_version >= 2
 
     @property
     def num_shards(self) -> int:
@@ -190,10 +206,10 @@ class Manifest:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object, with the format version."""
+        """As a JSON object."""
         body = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "pixels"}
         body |= {"pixels": self.pixels.to_json()} if self.pixels is not None else {}
-        return {**body, "format_version": FORMAT_VERSION, "nodes": [spec.to_json() for spec in self.nodes]}
+        return {**body, "nodes": [spec.to_json() for spec in self.nodes]}
 
     @classmethod
     def from_json(cls, body: object, where: str = "manifest.json") -> "Manifest":
@@ -220,6 +236,7 @@ class Manifest:
             backend=fields.text("backend", BACKENDS),
             block_samples=_checked_block(fields),
             pixels=PixelSpec.from_json(fields.body["pixels"], where) if "pixels" in fields.body else None,
+            format_version=fields.whole("format_version", FIRST_VERSION, FORMAT_VERSION),
         )
 
     def fingerprinted(self) -> dict[str, Any]:
@@ -309,7 +326,7 @@ class UnitRecord:
         """As the document that is stored."""
         return seal(
             {
-                "format_version": FORMAT_VERSION,
+                "format_version": FIRST_VERSION,  # nothing in a record has changed since
                 "shard": self.shard,
                 "view": self.view,
                 "num_samples": self.num_samples,

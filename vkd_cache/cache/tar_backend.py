@@ -8,11 +8,13 @@ import io
 import math
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 
 import numpy as np
 
 from vkd_cache.cache.arrays import Array
+from vkd_cache.cache.frames import most_expanded
+from vkd_cache.cache.packed_columns import with_packed, without_packed
 from vkd_cache.cache.pixel_codecs import OFFSETS, PIXELS
 from vkd_cache.cache.schema import Manifest
 from vkd_cache.errors import CacheFormatError
@@ -28,8 +30,9 @@ _NPY_HEADER = re.compile(
 _BLOCK = 512
 
 
-def pack(columns: Mapping[str, Array], manifest: Manifest) -> bytes:
-    """The columns as one tar file: blocks in row order, columns in name order, dates fixed."""
+def pack(columns: Mapping[str, Array], manifest: Manifest, packed: Set[str] = frozenset()) -> bytes:
+    """The columns as one tar file: blocks in row order, columns in name order, dates fixed; in each block, those that
+    are `packed` in one array."""
     num_rows = len(columns["row"])
     shared, ragged = _shared_columns(manifest), _ragged_columns(manifest)
     stream = io.BytesIO()
@@ -37,14 +40,18 @@ def pack(columns: Mapping[str, Array], manifest: Manifest) -> bytes:
         # a unit without rows still has one, empty, block: it says what its columns are
         for block, start in enumerate(range(0, max(1, num_rows), manifest.block_samples)):
             end = min(num_rows, start + manifest.block_samples)
-            for name in sorted(columns):
-                array = columns[name] if name in shared else _rows_of(columns, name, ragged, start, end)
+            arrays = {
+                name: columns[name] if name in shared else _rows_of(columns, name, ragged, start, end)
+                for name in columns
+            }
+            for name, array in sorted(with_packed(arrays, packed).items()):
                 content = _npy(array)
                 entry = tarfile.TarInfo(f"{block:06d}.{name}.npy")
                 entry.size = len(content)
                 entry.mode = 0o644
                 archive.addfile(entry, io.BytesIO(content))
-    return stream.getvalue()
+        num_bytes = archive.offset + 2 * _BLOCK
+    return stream.getvalue()[: num_bytes if manifest.packs_columns else None]  # version 1 pads to a tape's record
 
 
 def _shared_columns(manifest: Manifest) -> set[str]:
@@ -75,8 +82,12 @@ def _npy(array: Array) -> bytes:
     return stream.getvalue()
 
 
-def unpack(data: bytes) -> dict[str, Array]:
+def unpack(data: bytes, *, packs: bool = False) -> dict[str, Array]:
     """The inverse of `pack`. The caller has checked the checksum.
+
+    Args:
+        data: the file.
+        packs: some of the columns are packed in one array.
 
     Raises:
         CacheFormatError: not a tar file, or not of blocks as `pack` writes them.
@@ -87,7 +98,15 @@ def unpack(data: bytes) -> dict[str, Array]:
         if match is None:
             raise CacheFormatError(f"unit: found member {name!r}, expected <block>.<column>.npy.")
         blocks.setdefault(int(match[1]), {})[match[2].decode("ascii")] = _array(content, name.decode("ascii"))
-    return _join(blocks)
+    return _join(_without_packed(blocks, most_expanded(len(data))) if packs else blocks)
+
+
+def _without_packed(blocks: Mapping[int, Mapping[str, Array]], most_bytes: int) -> dict[int, dict[str, Array]]:
+    found = {}
+    for block, arrays in blocks.items():
+        found[block] = without_packed(arrays, most_bytes)
+        most_bytes -= sum(array.nbytes for name, array in found[block].items() if name not in arrays)
+    return found
 
 
 def _members(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:

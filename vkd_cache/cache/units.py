@@ -146,9 +146,10 @@ def is_detection(manifest: Manifest) -> bool:
 
 def pack_unit(columns: Mapping[str, Array], manifest: Manifest) -> bytes:
     """All columns of a unit, node arrays included, as one file. The same columns give the same bytes."""
+    packed = {"key_bytes", "key_offsets", *columns_of(manifest)} if manifest.packs_columns else frozenset[str]()
     if manifest.backend == "webdataset":
-        return tar_backend.pack(columns, manifest)
-    return zarr_backend.pack(columns, manifest)
+        return tar_backend.pack(columns, manifest, packed)
+    return zarr_backend.pack(columns, manifest, packed)
 
 
 def unpack_unit(data: bytes, manifest: Manifest) -> dict[str, Array]:
@@ -158,8 +159,8 @@ def unpack_unit(data: bytes, manifest: Manifest) -> dict[str, Array]:
         CacheFormatError: not a unit file of the manifest's backend.
     """
     if manifest.backend == "webdataset":
-        return tar_backend.unpack(data)
-    return zarr_backend.unpack(data)
+        return tar_backend.unpack(data, packs=manifest.packs_columns)
+    return zarr_backend.unpack(data, packs=manifest.packs_columns)
 
 
 def check_columns(columns: Mapping[str, Array], manifest: Manifest, where: str) -> int:

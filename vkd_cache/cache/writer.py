@@ -18,7 +18,7 @@ import xxhash
 from vkd_cache.cache.arrays import Array
 from vkd_cache.cache.codecs import encode_node
 from vkd_cache.cache.differences import manifest_differences
-from vkd_cache.cache.documents import seal
+from vkd_cache.cache.documents import FORMAT_VERSION, seal
 from vkd_cache.cache.reader import MANIFEST_PATH, Cache, read_manifest
 from vkd_cache.cache.schema import Manifest, NodeSpec, UnitRecord
 from vkd_cache.cache.storage import TEMPORARY, Storage, open_storage
@@ -178,7 +178,7 @@ def start_cache(url: str, manifest: Manifest, head_file: bytes) -> CacheWriter:
     with writing(storage.url, "a cache"):
         leftovers = storage.prepare()
         if not storage.exists(MANIFEST_PATH):
-            _refuse_foreign_units(storage, wanted)
+            wanted = _as_units_are(storage, wanted)
             if wanted.head is not None:
                 storage.put(wanted.head["file"], head_file)
             with contextlib.suppress(FileExistsError):  # another process was first; what it wrote is compared below
@@ -210,25 +210,32 @@ def writing(url: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def _refuse_foreign_units(storage: Storage, wanted: Manifest) -> None:
-    """Where a manifest was lost, let only the same one take its place: its units are still there.
+def _as_units_are(storage: Storage, wanted: Manifest) -> Manifest:
+    """`wanted` in the version of the units that are there: where a manifest was lost, the same one takes its place.
 
     Raises:
         CacheMismatchError: units of another one.
     """
-    cache = Cache(storage, wanted)
-    for unit in cache.units:
-        try:
-            cache.record(*unit)
-        except CacheMismatchError as error:
+    versions = [dataclasses.replace(wanted, format_version=version) for version in range(FORMAT_VERSION, 0, -1)]
+    for unit in Cache(storage, wanted).units:
+        mismatch: CacheMismatchError | None = None
+        for manifest in versions:
+            try:
+                Cache(storage, manifest).record(*unit)
+            except CacheMismatchError as error:
+                mismatch = mismatch or error
+            except CacheError:
+                mismatch = None  # damaged: says nothing
+                break
+            else:
+                return manifest
+        if mismatch is not None:
             raise CacheMismatchError(
                 f"{storage.url}: found units without {MANIFEST_PATH}, and this run would not make the one that they "
-                f"belong to ({error}). Restore {MANIFEST_PATH}, use the same settings, data and library versions as "
+                f"belong to ({mismatch}). Restore {MANIFEST_PATH}, use the same settings, data and library versions as "
                 "before, or another --cache."
-            ) from error
-        except CacheError:
-            continue  # damaged: says nothing
-        return
+            ) from mismatch
+    return wanted
 
 
 def describe_head(head: Mapping[str, torch.Tensor] | None) -> tuple[dict[str, Any] | None, bytes]:
@@ -246,11 +253,12 @@ def describe_head(head: Mapping[str, torch.Tensor] | None) -> tuple[dict[str, An
 
 
 def check_same(url: str, existing: Manifest, wanted: Manifest) -> None:
-    """Compare the fingerprinted parts of two manifests.
+    """Compare the fingerprinted parts of two manifests; the version of the format is the existing one's to choose.
 
     Raises:
         CacheMismatchError: they differ; lists the fields with both values.
     """
+    wanted = dataclasses.replace(wanted, format_version=existing.format_version)
     differences = manifest_differences(existing, wanted)
     if not differences:
         return

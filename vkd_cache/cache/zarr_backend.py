@@ -10,13 +10,14 @@ import json
 import math
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
-from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
 
 from vkd_cache.cache.arrays import Array
+from vkd_cache.cache.frames import compressed, expanded, most_expanded
+from vkd_cache.cache.packed_columns import PACKED, with_packed, without_packed
 from vkd_cache.cache.pixel_codecs import PIXELS
 from vkd_cache.cache.schema import Manifest
 from vkd_cache.errors import CacheFormatError
@@ -34,12 +35,8 @@ _ZSTD_CODEC = {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL, "checksum
 # what decides how the bytes of an array are read
 _LAYOUT_FIELDS = ("zarr_format", "node_type", "data_type", "chunk_grid", "chunk_key_encoding", "codecs")
 _MAX_METADATA_BYTES = 2**20
-# a unit may be this many times as large as its file, and this many bytes more: zeros shrink a lot, and a bomb more
-_MAX_EXPANSION = 100
-_MAX_FREE_BYTES = 2**26
 # what lists the entries: 1024 nodes take a megabyte, and Python some twenty times that
 _MAX_DIRECTORY_BYTES = 2**22
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _LOCAL_HEADER = struct.Struct("<26xHH")
 # what Python's reader of zip files raises on bytes that are none
 _DAMAGE = (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError, OverflowError, ValueError, OSError)
@@ -48,19 +45,19 @@ _DAMAGE = (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError, Over
 _Layout = tuple[tuple[int, ...], np.dtype[Any], bool]  # shape, dtype, whether compressed
 
 
-def pack(columns: Mapping[str, Array], manifest: Manifest) -> bytes:
-    """The columns as one zip file; entries in name order, dates fixed."""
-    raw = _uncompressed(manifest)
+def pack(columns: Mapping[str, Array], manifest: Manifest, packed: Set[str] = frozenset()) -> bytes:
+    """The columns as one zip file, those that are `packed` in one array; entries in name order, dates fixed."""
+    raw = {PACKED, *_uncompressed(manifest)}
     group = {"zarr_format": 3, "node_type": "group", "attributes": {"vkd_cache_format": 1}}
     entries: dict[str, bytes | memoryview] = {"zarr.json": _json(group)}
-    for name, column in columns.items():
+    for name, column in with_packed(columns, packed).items():
         array = np.ascontiguousarray(column)
-        compressed = name not in raw
-        entries[f"{name}/zarr.json"] = _json(_array_metadata(array.shape, array.dtype, compressed))
+        shrinks = name not in raw
+        entries[f"{name}/zarr.json"] = _json(_array_metadata(array.shape, array.dtype, shrinks))
         if array.size:
             chunk = "/".join(["c"] + ["0"] * array.ndim)
             content = array.reshape(-1).view(np.uint8).data
-            entries[f"{name}/{chunk}"] = Zstd(level=_ZSTD_LEVEL).encode(content) if compressed else content
+            entries[f"{name}/{chunk}"] = compressed(content, _ZSTD_LEVEL) if shrinks else content
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
         for path in sorted(entries):
@@ -78,7 +75,7 @@ def _uncompressed(manifest: Manifest) -> set[str]:
     return {PIXELS, *nodes}
 
 
-def _array_metadata(shape: tuple[int, ...], dtype: np.dtype[Any], compressed: bool) -> dict[str, Any]:
+def _array_metadata(shape: tuple[int, ...], dtype: np.dtype[Any], shrinks: bool) -> dict[str, Any]:
     return {
         "zarr_format": 3,
         "node_type": "array",
@@ -87,7 +84,7 @@ def _array_metadata(shape: tuple[int, ...], dtype: np.dtype[Any], compressed: bo
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [max(1, size) for size in shape]}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": 0.0 if dtype.kind == "f" else 0,
-        "codecs": [_BYTES_CODEC, _ZSTD_CODEC] if compressed else [_BYTES_CODEC],
+        "codecs": [_BYTES_CODEC, _ZSTD_CODEC] if shrinks else [_BYTES_CODEC],
         "attributes": {},
         "storage_transformers": [],
     }
@@ -97,8 +94,12 @@ def _json(body: Mapping[str, Any]) -> bytes:
     return json.dumps(body, sort_keys=True).encode("ascii")
 
 
-def unpack(data: bytes) -> dict[str, Array]:
+def unpack(data: bytes, *, packs: bool = False) -> dict[str, Array]:
     """The inverse of `pack`: every array of the group, by name. The caller has checked the checksum.
+
+    Args:
+        data: the file.
+        packs: some of the columns are packed in one array.
 
     Raises:
         CacheFormatError: not a zip file, or not a group as `pack` writes it.
@@ -108,9 +109,11 @@ def unpack(data: bytes) -> dict[str, Array]:
         names = [path.removesuffix("/zarr.json") for path in entries if path.endswith("/zarr.json")]
         layouts = {name: _array_layout(name, entries[f"{name}/zarr.json"]) for name in names}
         num_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype, _ in layouts.values())
-        if num_bytes > _MAX_EXPANSION * len(data) + _MAX_FREE_BYTES:
+        most_bytes = most_expanded(len(data))
+        if num_bytes > most_bytes:
             raise CacheFormatError(f"unit: found arrays of {num_bytes} bytes in a file of {len(data)}.")
-        return {name: _read_array(name, layout, entries) for name, layout in layouts.items()}
+        arrays = {name: _read_array(name, layout, entries) for name, layout in layouts.items()}
+        return without_packed(arrays, most_bytes - num_bytes) if packs else arrays
     except _DAMAGE as error:
         raise CacheFormatError(f"unit: found bytes that are not a zip file of zarr arrays ({error}).") from error
 
@@ -150,7 +153,7 @@ def _check_directory(data: bytes) -> None:
 
 def _read_array(name: str, layout: _Layout, entries: Mapping[str, memoryview]) -> Array:
     """One array, not writable: it lies in the file's bytes or in those that zstd made."""
-    shape, dtype, compressed = layout
+    shape, dtype, shrinks = layout
     num_bytes = math.prod(shape) * dtype.itemsize
     if not num_bytes:
         return np.empty(shape, dtype)
@@ -158,29 +161,14 @@ def _read_array(name: str, layout: _Layout, entries: Mapping[str, memoryview]) -
     if path not in entries:
         raise CacheFormatError(f"unit: {path}: missing, expected the only zarr chunk of the array.")
     content: bytes | memoryview = entries[path]
-    if compressed:
+    if shrinks:
         try:
-            if (found := _frame_bytes(entries[path])) != num_bytes:  # before anything is allocated for it
-                raise ValueError(f"of {found} bytes, expected {num_bytes}")
-            content = Zstd(level=_ZSTD_LEVEL).decode(content)
-        except (RuntimeError, ValueError, MemoryError) as error:
-            raise CacheFormatError(f"unit: {path}: found bytes that are not a zstd frame ({error}).") from error
+            content = expanded(entries[path], num_bytes)
+        except ValueError as error:
+            raise CacheFormatError(f"unit: {path}: found {error}.") from error
     if len(content) != num_bytes:
         raise CacheFormatError(f"unit: {path}: found {len(content)} bytes, expected {num_bytes}.")
     return np.frombuffer(content, dtype).reshape(shape)
-
-
-def _frame_bytes(frame: memoryview) -> int:
-    """How large a zstd frame says it is once decompressed (RFC 8878, section 3.1.1.1)."""
-    if bytes(frame[:4]) != _ZSTD_MAGIC or len(frame) < 5:
-        raise ValueError("no zstd magic number")
-    flags = frame[4]
-    is_single = bool(flags & 0x20)
-    start = 5 + (0 if is_single else 1) + (0, 1, 2, 4)[flags & 3]
-    size = (1 if is_single else 0, 2, 4, 8)[flags >> 6]
-    if not size or len(frame) < start + size:
-        raise ValueError("no content size")
-    return int.from_bytes(frame[start : start + size], "little") + (256 if size == 2 else 0)
 
 
 def _array_layout(name: str, metadata: memoryview) -> _Layout:
@@ -189,13 +177,13 @@ def _array_layout(name: str, metadata: memoryview) -> _Layout:
         found = json.loads(bytes(metadata[:_MAX_METADATA_BYTES]))
         shape = tuple(found["shape"])
         dtype = np.dtype(_DTYPES[found["data_type"]])
-        compressed = len(found["codecs"]) == 2
+        shrinks = len(found["codecs"]) == 2
         fits = len(shape) <= 8 and all(type(size) is int and 0 <= size < 2**40 for size in shape)
         if not fits:
             raise ValueError(f"shape {found['shape']}")
-        for field, expected in _array_metadata(shape, dtype, compressed).items():
+        for field, expected in _array_metadata(shape, dtype, shrinks).items():
             if field in _LAYOUT_FIELDS and found[field] != expected:
                 raise ValueError(f"{field} {found[field]}, expected {expected}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CacheFormatError(f"unit: {name}/zarr.json: found metadata of another layout ({error}).") from error
-    return shape, dtype, compressed
+    return shape, dtype, shrinks

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from vkd_cache.cache.codecs import enough_to_measure, resolve_codec
+from vkd_cache.cache.documents import FORMAT_VERSION
 from vkd_cache.cache.reader import Cache, find_cache
-from vkd_cache.cache.schema import CODEC_BYTES, Manifest, NodeSpec
+from vkd_cache.cache.schema import BLOCK_SAMPLES, CODEC_BYTES, Manifest, NodeSpec
 from vkd_cache.cache.units import UnitId, by_view, is_detection, keys_from_columns
-from vkd_cache.config import CacheConfig
 from vkd_cache.errors import ConfigError, IncompleteCacheError
 from vkd_cache.stages.convert_cut import Cut
 from vkd_cache.stages.convert_units import Part, SourceUnits, broken_rows, node_values, unit_columns
@@ -73,11 +73,12 @@ class ConvertPlan:
             ConfigError: a step that pretends precision; names every node.
             IncompleteCacheError: nothing is published that a codec could be measured on.
         """
-        manifest = self.source.manifest
+        manifest, target = self.source.manifest, find_cache(self.url)
         backend = self.wish.backend or manifest.backend
         block_samples = 0
         if backend == "webdataset":
-            block_samples = self.wish.block_samples or manifest.block_samples or CacheConfig().block_samples
+            there = target.manifest.block_samples if target is not None else 0
+            block_samples = self.wish.block_samples or manifest.block_samples or there or BLOCK_SAMPLES
         elif self.wish.block_samples:
             raise ConfigError(
                 "--block-samples: the zarr backend has no blocks. Give --backend webdataset, or leave it out."
@@ -86,7 +87,12 @@ class ConvertPlan:
         if not self.wish.force:
             refuse_pretence(manifest.nodes, nodes, self.source.url)
         return dataclasses.replace(
-            manifest, dataset=self.cut.dataset, nodes=nodes, backend=backend, block_samples=block_samples
+            manifest,
+            dataset=self.cut.dataset,
+            nodes=nodes,
+            backend=backend,
+            block_samples=block_samples,
+            format_version=target.manifest.format_version if target is not None else FORMAT_VERSION,
         )
 
     def _nodes(self) -> Iterator[NodeSpec]:

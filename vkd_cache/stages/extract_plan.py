@@ -12,7 +12,7 @@ import torch
 from vkd_cache import console
 from vkd_cache.cache.codecs import resolve_codec
 from vkd_cache.cache.reader import Cache, find_cache
-from vkd_cache.cache.schema import Manifest, NodeSpec
+from vkd_cache.cache.schema import BLOCK_SAMPLES, Manifest, NodeSpec
 from vkd_cache.cache.units import UnitId
 from vkd_cache.cache.writer import check_same, describe_head
 from vkd_cache.config import Config
@@ -22,7 +22,7 @@ from vkd_cache.stages.extract_checks import share_of
 from vkd_cache.stages.extract_probe import probe_teacher
 from vkd_cache.stages.extract_size import view_bytes
 from vkd_cache.stages.stored_pixels import StoredPixels, wanted_spec
-from vkd_cache.stages.teaching import TeacherRun
+from vkd_cache.stages.teaching import TeacherRun, memory_told
 from vkd_cache.teachers import DetectionTeacher
 from vkd_cache.tokens import Tokens, tokens_from_sequences
 from vkd_cache.views.recipe import Recipe
@@ -48,7 +48,7 @@ class ExtractPlan:
             measured = self._measured_nodes()
             # another worker may have started the cache meanwhile
             nodes = self._known_nodes(find_cache(self.config.cache.url)) or measured
-        return self._manifest(nodes)
+        return self._manifest(nodes, existing)
 
     def show(self, existing: Cache | None, units: list[UnitId], todo: list[UnitId]) -> None:
         """Say what would be done; nothing is written, and no image is read.
@@ -58,9 +58,10 @@ class ExtractPlan:
         """
         nodes = self._known_nodes(existing)
         if existing is not None and nodes is not None:
-            wanted = Manifest.from_json(self._manifest(nodes).to_json())
+            wanted = Manifest.from_json(self._manifest(nodes, existing).to_json())
             check_same(existing.url, existing.manifest, wanted)
         config, numerics = self.config, self.run.numerics()
+        size = self.run.batch_size or "the size that trials find the fastest"
         num_images = sum(len(shard.keys) for shard in self.source.shards)
         samples = sum(len(self.source.shards[unit.shard].keys) for unit in todo)
         autocast = "" if numerics["autocast"] == "off" else f", autocast {numerics['autocast']}"
@@ -68,7 +69,7 @@ class ExtractPlan:
             ("source", f"{self.source.location} ({self.source.kind}): {num_images} images, "
                        f"{self.source.num_classes} classes, {len(self.source.shards)} shards"),
             ("views", f"{config.views.count or 1} of recipe {self.recipe.name} at {self._size_text()} px"),
-            ("teacher", f"{config.teacher.name} on {self.run.device}{autocast}, batches of {self.run.batch_size}"),
+            ("teacher", f"{config.teacher.name} on {self.run.device}{autocast}, batches of {size}"),
             ("nodes", self._nodes_text(nodes)),
             ("cache", f"{config.cache.url} ({config.cache.backend}), " + ("exists" if existing else "new")),
             ("units to make", f"{len(todo)} of this worker's {len(units)}"),
@@ -78,8 +79,9 @@ class ExtractPlan:
         ]  # fmt: skip
         console.show_table("extract, dry run: nothing is written", ("what", "value"), rows)
 
-    def _manifest(self, nodes: tuple[NodeSpec, ...]) -> Manifest:
+    def _manifest(self, nodes: tuple[NodeSpec, ...], existing: Cache | None) -> Manifest:
         config, spec = self.config, wanted_spec(self.config.cache)
+        block = config.cache.block_samples or (existing.manifest.block_samples if existing else 0) or BLOCK_SAMPLES
         return Manifest(
             dataset=source_identity(self.source).to_json(),
             recipe=self.recipe.to_json(),
@@ -90,7 +92,7 @@ class ExtractPlan:
             numerics=self.run.numerics(),
             versions=library_versions(*self.recipe.libraries, *(spec.libraries if spec is not None else ())),
             backend=config.cache.backend,
-            block_samples=config.cache.block_samples if config.cache.backend == "webdataset" else 0,
+            block_samples=block if config.cache.backend == "webdataset" else 0,
             pixels=spec,
         )
 
@@ -122,7 +124,8 @@ class ExtractPlan:
 
     def _measured_nodes(self) -> tuple[NodeSpec, ...]:
         cache = self.config.cache
-        nodes = probe_teacher(self.source, self.recipe, self.config.views.seed, self.run, self.stored)
+        with memory_told(self.run):
+            nodes = probe_teacher(self.source, self.recipe, self.config.views.seed, self.run, self.stored)
         head = self.run.teacher.head_tensors()
         return tuple(
             resolve_codec(name, cache.dtype, values, head if name == "pooled" else None, share_of(name, cache))
