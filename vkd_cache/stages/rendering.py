@@ -25,7 +25,6 @@ from vkd_cache.stages.stored_pixels import StoredPixels
 from vkd_cache.stages.worker_pool import WorkerPool
 from vkd_cache.views.blend import colour_rows
 from vkd_cache.views.boxes import ViewBoxes
-from vkd_cache.views.colour import IDENTITY, colour_map
 from vkd_cache.views.decode import decode_image, decode_pixels
 from vkd_cache.views.mixing import drop_partners
 from vkd_cache.views.params import Columns, MixPlan, ViewParams, params_from_columns, params_to_columns
@@ -173,7 +172,6 @@ class Renderer:
             pixels.fill(0)  # canvases are larger than views
         params: list[ViewParams] = []
         digests = np.zeros(count, np.uint64)
-        colours = [IDENTITY] * count
         stored = [b""] * count
         broken: list[tuple[int, str]] = []
         error: VkdCacheError | None = None
@@ -189,8 +187,6 @@ class Renderer:
                     digests[position] = pixel_digest(content)
                     pixels[position, : content.shape[0], : content.shape[1]] = content
                     self._check_digest(task, position, int(digests[position]))
-                    if self._maps_colour:
-                        colours[position] = colour_map(content, view_params.ops)
                 except BrokenImageError as reason:
                     broken.append((position, str(reason)))
                     view_params = _NO_PARAMS
@@ -220,7 +216,7 @@ class Renderer:
             view_size=None if layout is None else layout.view_size,
             canvas=None if layout is None else layout.canvas,
             boxes=None if layout is None else layout.boxes,
-            colour=colour_rows(colours) if self._maps_colour else None,
+            colour=colour_rows(pixels, [view.ops for view in params]) if self._maps_colour else None,
             stored=EncodedViews.joined(stored) if self._stored is not None and task.stored is None else None,
             error=error,
         )

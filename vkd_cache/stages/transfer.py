@@ -77,14 +77,16 @@ def mixed_images(pixels: torch.Tensor, mix: MixPlan | None, colour: torch.Tensor
         mix: with partners as positions.
         colour: `RenderedBatch.colour`, which comes before mixing; anywhere.
     """
-    images = pixels.permute(0, 3, 1, 2)
-    if colour is None:
-        images = images.to(torch.float32).div_(255.0)
+    mixed = mix is not None and bool(np.any(mix.kind))
+    planes = pixels.permute(0, 3, 1, 2)
+    if colour is not None:
+        images = _coloured(planes, colour.to(pixels.device, non_blocking=True))
+    elif mixed:
+        images = planes.to(torch.float32).div_(255.0)
     else:
-        rows = colour.to(pixels.device, non_blocking=True)
-        images = adjust_colour(images.to(torch.float32, memory_format=torch.contiguous_format), rows)
-    if mix is None or not np.any(mix.kind):
-        return images.contiguous()
+        images = planes.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
+    if mix is None or not mixed:
+        return images
     device = pixels.device
     return mix_pixels(
         images,
@@ -93,6 +95,16 @@ def mixed_images(pixels: torch.Tensor, mix: MixPlan | None, colour: torch.Tensor
         torch.from_numpy(mix.lam).to(device, non_blocking=True),
         torch.from_numpy(mix.box.astype(np.int64)).to(device, non_blocking=True),
     )
+
+
+def _coloured(planes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """(b, 3, H, W) float32 in [0, 1] from uint8 and the rows of their colour."""
+    if planes.device.type != "cpu":
+        return adjust_colour(planes.to(torch.float32, memory_format=torch.contiguous_format), rows)
+    images = torch.empty(planes.shape)
+    for row in range(len(images)):  # one stays in the processor's cache, a batch does not
+        adjust_colour(images[row : row + 1].copy_(planes[row : row + 1]), rows[row : row + 1])
+    return images
 
 
 def canvas_batch(batch: HasViews, pixels: torch.Tensor) -> "CanvasBatch":

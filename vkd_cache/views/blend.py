@@ -11,13 +11,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vkd_cache.views.colour import LUMA, LUMA_SUM, ColourMap
+from vkd_cache.views.colour import LUMA, LUMA_SUM, Operations, Pixels, colour_map, mean_grey
 from vkd_cache.views.params import MIX_CUTMIX, MIX_MIXUP
 
 
-def colour_rows(maps: Sequence[ColourMap]) -> Tensor:
-    """(B, 3) float32: what `adjust_colour` takes for a batch of views."""
-    rows = [(each.scale / 255.0, each.grey / (255.0 * LUMA_SUM), each.offset / 255.0) for each in maps]
+def colour_rows(pixels: Pixels, operations: Sequence[Operations]) -> Tensor:
+    """What `adjust_colour` takes for a batch of views; a row depends on nothing but its own view.
+
+    Args:
+        pixels: (B, H, W, 3), C order, as their digests have them.
+        operations: all those of each view's params.
+
+    Returns:
+        (B, 3) float32: the numbers of each `ColourMap`, for values of 0 to 255 and sums of `LUMA` thousandths.
+    """
+    maps = [colour_map(listed, mean_grey(view)) for view, listed in zip(pixels, operations, strict=True)]
+    rows = [(found.scale / 255.0, found.grey / (255.0 * LUMA_SUM), found.offset / 255.0) for found in maps]
     return torch.tensor(rows, dtype=torch.float32).reshape(-1, 3)
 
 
@@ -77,4 +86,4 @@ def normalise(pixels: Tensor, mean: Sequence[float] | Tensor, std: Sequence[floa
     """
     mean = torch.as_tensor(mean, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1)
     std = torch.as_tensor(std, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1)
-    return (pixels - mean) / std
+    return (pixels - mean).div_(std)

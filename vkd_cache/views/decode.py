@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from vkd_cache.errors import BrokenImageError
+from vkd_cache.views.jpeg_header import plain_jpeg_size
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -52,17 +53,6 @@ _TRANSPOSE: Mapping[int, Image.Transpose] = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}
-# the same for arrays: rows and columns change places, then (upside down, left to right)
-_SIDEWAYS = frozenset((5, 6, 7, 8))
-_FLIPS: Mapping[int, tuple[bool, bool]] = {
-    2: (False, True),
-    3: (True, True),
-    4: (True, False),
-    5: (False, False),
-    6: (False, True),
-    7: (True, True),
-    8: (True, False),
 }
 
 
@@ -104,44 +94,10 @@ def decode_image(data: bytes, *, oriented: bool = True) -> Image.Image:
             pixels; the text is the same on every machine.
     """
     name, image = _open(data)
-    return _load(name, image, oriented)
-
-
-def decode_pixels(data: bytes, *, oriented: bool = True) -> Pixels:
-    """The pixels of `decode_image`, bit for bit, without an image of Pillow's: for the recipes with simplejpeg.
-
-    Pillow reads every header, so that it refuses the same files for the same reasons. Grey and colour JPEG files that
-    simplejpeg decodes without a remark are its own; all others go to Pillow, which decides what becomes of them.
-
-    Args, Raises: as for `decode_image`.
-
-    Returns:
-        (H, W, 3) uint8 RGB, C order, writable.
-    """
-    name, image = _open(data)
-    if name == "JPEG" and image.mode in ("L", "RGB"):
-        try:
-            pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
-        except ValueError:  # what libjpeg warns of, too: data that end too early, for one
-            pass
-        else:
-            orientation = _exif_orientation(image.info.get("exif")) if oriented else 1
-            return _turned(pixels, orientation)
-    return np.array(_load(name, image, oriented))
-
-
-def _turned(pixels: Pixels, orientation: int) -> Pixels:
-    """`pixels` upright, C order."""
-    if orientation not in _TRANSPOSE:
-        return pixels
-    if orientation in _SIDEWAYS:
-        pixels = pixels.transpose(1, 0, 2)
-    upside_down, mirrored = _FLIPS[orientation]
-    return np.ascontiguousarray(pixels[:: -1 if upside_down else 1, :: -1 if mirrored else 1])
-
-
-def _load(name: str, image: ImageFile.ImageFile, oriented: bool) -> Image.Image:
-    """Decode an image that was opened and checked."""
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise BrokenImageError(_too_large(name))
+    if image.width < 1 or image.height < 1:
+        raise BrokenImageError(f"{name} image without pixels")
     try:
         image.load()
         rgb = _to_rgb(image)
@@ -151,17 +107,30 @@ def _load(name: str, image: ImageFile.ImageFile, oriented: bool) -> Image.Image:
     return rgb if transpose is None else rgb.transpose(transpose)
 
 
+def decode_pixels(data: bytes, *, oriented: bool = True) -> Pixels:
+    """The pixels of `decode_image`, bit for bit, without an image of Pillow's: for the recipes with simplejpeg.
+
+    Plain JPEG files that simplejpeg decodes without a remark are its own. All others go to Pillow, which decides what
+    becomes of them: so the same files are refused, for the same reasons.
+
+    Args, Raises: as for `decode_image`.
+
+    Returns:
+        (H, W, 3) uint8 RGB, C order, writable.
+    """
+    size = plain_jpeg_size(data, oriented=oriented)
+    if size is not None and 0 < size[0] * size[1] <= MAX_IMAGE_PIXELS:
+        try:
+            pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+        except ValueError:  # what libjpeg only warns of, too: data that end too early, for one
+            pass
+        else:
+            return pixels
+    return np.array(decode_image(data, oriented=oriented))
+
+
 def _open(data: bytes) -> tuple[str, ImageFile.ImageFile]:
-    """The format's name and the image with its header read and its size checked."""
-    name, image = _read_header(data)
-    if image.width * image.height > MAX_IMAGE_PIXELS:
-        raise BrokenImageError(_too_large(name))
-    if image.width < 1 or image.height < 1:
-        raise BrokenImageError(f"{name} image without pixels")
-    return name, image
-
-
-def _read_header(data: bytes) -> tuple[str, ImageFile.ImageFile]:
+    """The format's name and the image with its header read."""
     for name, magic, open_file in _FORMATS:
         if not data.startswith(magic):
             continue
