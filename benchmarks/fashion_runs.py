@@ -46,6 +46,7 @@ class Setting:
         learnt: images that it teaches the students on, and whose labels they see: the first of `taught`.
         judged: test images.
         size_px: side of a view.
+        recipe, mix_probability: of the students' views; the teacher learns from crops, not mixed.
         teacher, student: timm models.
         teacher_epochs, teacher_lr, teacher_batch_size: how the teacher is trained; AdamW, cosine, warm-up.
         epochs, lr, batch_size: how students are.
@@ -57,6 +58,8 @@ class Setting:
     learnt: int = 1000
     judged: int = 10000
     size_px: int = 32
+    recipe: str = "crop_flip"
+    mix_probability: float = 0.0
     teacher: str = "test_resnet"
     student: str = "test_efficientnet"
     teacher_epochs: int = 8
@@ -112,13 +115,14 @@ class FashionRuns:
         config = self._config(setting.taught, setting.teacher, setting.seed)
         config["train"] |= _schedule(setting.teacher_epochs, setting.teacher_lr, setting.teacher_batch_size)
         config["loss"] = dict(PLAIN)
-        config["views"]["seed"] = setting.seed + 1  # it teaches on other views than it learns from
+        # it teaches on other views than it learns from
+        config["views"] |= {"recipe": "crop_flip", "mix_probability": 0.0, "seed": setting.seed + 1}
         return self._trained("teacher", config)
 
     def cache(self, dtype: str, views: int) -> dict[str, Any]:
         """Result of an extraction over the students' images: `url`, `codec`, `bytes` and `bytes_per_view`."""
         config = self._config(self._setting.learnt)
-        config |= {"teacher": self._taught(), "cache": {"dtype": dtype}}
+        config |= self._taught() | {"cache": {"dtype": dtype}}
         config["views"]["count"] = str(views)
         place = self._place("cache", config)
         with self._kept(place) as result:
@@ -149,7 +153,7 @@ class FashionRuns:
         }
         config["views"]["count"] = str(variant.views)
         if distils and variant.live:
-            config |= {"teacher": self._taught()}
+            config |= self._taught()
             config["train"]["live_teacher"] = True
         elif distils:
             config["cache"] = {"url": self.cache(variant.dtype, variant.views)["url"]}
@@ -161,9 +165,11 @@ class FashionRuns:
         setting = self._setting
         return {
             "source": {"train": self._tars("train", images), "val": self._tars("val", setting.judged)},
-            "views": {"recipe": "crop_flip", "size_px": setting.size_px, "seed": setting.seed},
+            "views": {
+                "recipe": setting.recipe, "mix_probability": setting.mix_probability, "size_px": setting.size_px,
+                "seed": setting.seed,
+            },
             "student": {"name": network},
-            "extract": {"batch_size": setting.batch_size, "workers": 0, "device": "cpu"},
             "train": {
                 "seed": seed, "workers": 0, "device": "cpu", "eval_every": 0, "log_every": 50, "resume": "auto",
             },
@@ -182,8 +188,13 @@ class FashionRuns:
             half.parent.rename(self._folder / name)
         return f"{name}/{split}/*.tar"
 
-    def _taught(self) -> dict[str, Any]:
-        return {"name": self._setting.teacher, "weights": f"{self.teacher()['output']}/{LAST}", "num_classes": 10}
+    def _taught(self) -> Overrides:
+        """The sections of the teacher; live, it runs in the batches that a cache is made with."""
+        weights = f"{self.teacher()['output']}/{LAST}"
+        return {
+            "teacher": {"name": self._setting.teacher, "weights": weights, "num_classes": 10},
+            "extract": {"batch_size": self._setting.batch_size, "workers": 0, "device": "cpu"},
+        }
 
     def _trained(self, kind: str, config: Overrides, how: str = "") -> dict[str, Any]:
         place = self._place(kind, config, how)
