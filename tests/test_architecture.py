@@ -38,6 +38,7 @@ SIDEWAYS = {
     ("students", "vkd_cache.detection.vidt"),
     ("losses", "vkd_cache.normalisation"),
     ("projector", "vkd_cache.orthonormal"),
+    ("cache", "vkd_cache.stored_rows"),
     ("detection", "vkd_cache.losses"),
     ("detection", "vkd_cache.normalisation"),
     ("detection", "vkd_cache.projector"),

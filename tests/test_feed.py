@@ -67,7 +67,7 @@ def test_every_sample_comes_with_its_own(
                 dealt.append((shard, row))
                 partner = int(rendered.mix.partner[position])
                 if unit is not None:
-                    assert torch.equal(batch.nodes["pooled"][position], unit.node("pooled")[row])
+                    assert torch.equal(batch.nodes["pooled"].dense()[position], unit.node("pooled")[row])
                     assert rendered.columns["digest"][position] == unit.columns["digest"][row]
                     assert int(rendered.label[position]) == unit.columns["label"][row]
                     assert rendered.row[partner] == unit.columns["partner"][row]
@@ -88,7 +88,7 @@ def test_epochs_take_turns_with_the_views_and_resume_anywhere(tiny_config: Build
         rest = list(batches(run, epoch=start // 3, step=start % 3))
         assert [places(batch) for batch in rest] == [places(batch) for batch in everything[start:]]
         assert torch.equal(rest[0].pixels, everything[start].pixels)
-        assert torch.equal(rest[0].nodes["pooled"], everything[start].nodes["pooled"])
+        assert torch.equal(rest[0].nodes["pooled"].dense(), everything[start].nodes["pooled"].dense())
         assert np.array_equal(rest[0].rendered.mix.box, everything[start].rendered.mix.box)
 
 
@@ -101,7 +101,7 @@ def test_a_worker_process_gives_the_same(tiny_config: Build, small_cache: Path) 
     for one, other in zip(here, there, strict=True):
         assert places(one) == places(other)
         assert torch.equal(one.pixels, other.pixels)
-        assert torch.equal(one.nodes["pooled"], other.nodes["pooled"])
+        assert torch.equal(one.nodes["pooled"].dense(), other.nodes["pooled"].dense())
 
 
 def test_planned_views_are_the_cached_ones(tiny_config: Build, small_cache: Path) -> None:

@@ -21,6 +21,7 @@ from vkd_cache.stages.evaluate import EvalRequest, evaluate
 from vkd_cache.stages.feed import FedBatch
 from vkd_cache.stages.learner import step_seed
 from vkd_cache.stages.run import prepare_run
+from vkd_cache.stored_rows import join_rows
 from vkd_cache.views.params import MixPlan
 
 Build = Callable[..., Config]
@@ -101,7 +102,11 @@ def joined(one: FedBatch, other: FedBatch) -> FedBatch:
         row=np.concatenate([first.row, second.row]),
         mix=mix,
     )
-    nodes = {name: torch.cat([one.nodes[name], other.nodes[name]]) for name in one.nodes}
+    here, there = np.arange(len(one)), np.arange(len(one), len(one) + len(other))
+    nodes = {
+        name: join_rows([(one.nodes[name], here), (other.nodes[name], there)], len(one) + len(other))
+        for name in one.nodes
+    }
     return dataclasses.replace(one, rendered=rendered, nodes=nodes)
 
 

@@ -93,7 +93,8 @@ _factor.register_autograd(_backward, setup_context=_save_for_backward)
 
 def _inverse(upper: Tensor) -> Tensor:
     identity = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)
-    return torch.linalg.solve_triangular(upper, identity, upper=True)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return inverse
 
 
 def _is_doubtful(upper: Tensor, failed: Tensor) -> bool:

@@ -28,8 +28,8 @@ class OrthogonalProjector(nn.Module):
 
     Orthonormal to 1e-5 at every step and computed in float32 whatever autocast says. Kinds: `qr` (default, one
     parameter `directions` of W's shape), torch's `householder`, `matrix_exp` and `cayley` (parameter and buffer named
-    as published: `parametrizations.weight.original`, `parametrizations.weight.0.base`, the latter square with the longer
-    side) and `linear` (parameter `unconstrained`, W itself, as ablation).
+    as published: `parametrizations.weight.original`, `parametrizations.weight.0.base`, the latter square with the
+    longer side) and `linear` (parameter `unconstrained`, W itself, as ablation).
 
     Source: VkD (arXiv 2403.06213), section 3.1; deviation: the map is ours, the reference trains torch's.
 

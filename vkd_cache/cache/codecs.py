@@ -27,6 +27,7 @@ from vkd_cache.cache.rounding import (
 from vkd_cache.cache.schema import NodeSpec
 from vkd_cache.cache.token_codecs import choose_token_codec, token_arrays
 from vkd_cache.errors import CacheError
+from vkd_cache.stored_rows import StoredRows
 from vkd_cache.tokens import Tokens
 
 
@@ -107,15 +108,20 @@ def decode_node(
     Returns:
         (n, C) or (n, C, H, W): float16 and bfloat16 stay what they are, everything else is float32.
     """
+    return stored_rows(spec, arrays, rows).dense()
+
+
+def stored_rows(
+    spec: NodeSpec, arrays: Mapping[str, Array], rows: npt.NDArray[np.integer] | slice | None = None
+) -> StoredRows:
+    """The values of a node as they are stored; arguments as for `decode_node`."""
     chosen = slice(None) if rows is None else rows
     stored = as_tensor(arrays[""][chosen], spec.codec)
     if spec.codec == "sqrt_uint8":
-        scale = as_tensor(arrays[".scale"]).reshape([1, -1] + [1] * (stored.ndim - 2))
-        root = stored.to(torch.float32)
-        return root.mul_(root).mul_(scale)  # the square is an exact integer: one rounding in all
+        return StoredRows(values=stored, scale=as_tensor(arrays[".scale"])[None])
     if spec.codec == "token_int8":
-        return stored.to(torch.float32).mul_(as_tensor(arrays[".scale"][chosen]))
-    return stored
+        return StoredRows(values=stored, scale=as_tensor(arrays[".scale"][chosen]))
+    return StoredRows(values=stored)
 
 
 def rounding_bound(

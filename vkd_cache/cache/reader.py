@@ -14,7 +14,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from vkd_cache.cache.arrays import Array
-from vkd_cache.cache.codecs import decode_node, rounding_bound, stored_arrays
+from vkd_cache.cache.codecs import decode_node, rounding_bound, stored_arrays, stored_rows
 from vkd_cache.cache.documents import MAX_DOCUMENT_BYTES, unseal
 from vkd_cache.cache.pixel_codecs import EncodedViews
 from vkd_cache.cache.schema import Manifest, NodeSpec, UnitRecord
@@ -34,6 +34,7 @@ from vkd_cache.cache.units import (
 )
 from vkd_cache.errors import CacheFormatError, CacheMismatchError, CorruptCacheError, IncompleteCacheError
 from vkd_cache.local_copies import LocalCopies, Original
+from vkd_cache.stored_rows import StoredRows
 from vkd_cache.tokens import Tokens
 from vkd_cache.urls import is_remote
 from vkd_cache.views.recipe import Recipe
@@ -79,6 +80,11 @@ class Unit:
         """
         spec = self._spec(name, tokens=False)
         return decode_node(spec, self._stored(spec), rows)
+
+    def stored(self, name: str, rows: npt.NDArray[np.integer] | slice | None = None) -> StoredRows:
+        """The same as `node`, not decoded yet: what training joins and copies."""
+        spec = self._spec(name, tokens=False)
+        return stored_rows(spec, self._stored(spec), rows)
 
     @property
     def pixels(self) -> EncodedViews | None:

@@ -11,18 +11,18 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from vkd_cache.cache.pixel_codecs import Encoded, EncodedViews
 from vkd_cache.cache.reader import Unit
 from vkd_cache.stages.unit_views import ShardView
+from vkd_cache.stored_rows import StoredRows, join_rows
 from vkd_cache.tokens import Tokens, join_tokens
 from vkd_cache.views.params import MixPlan
 
 REPLAY_COLUMNS = ("seed", "source_size", "crop", "flip", "op_id", "op_value", "erase", "digest")
 DETECTION_COLUMNS = ("view_size",)  # there, too, in a cache of detection views
 
-Nodes = dict[str, torch.Tensor | Tokens]
+Nodes = dict[str, StoredRows | Tokens]
 
 
 class Part(NamedTuple):
@@ -67,7 +67,7 @@ def joined_pixels(parts: Sequence[Part], count: int) -> EncodedViews | None:
 
 
 def joined_nodes(parts: Sequence[Part], count: int, names: Sequence[str]) -> Nodes:
-    """Node values, or tokens, in batch order."""
+    """Node values, or tokens, in batch order, as they are stored."""
     units = [(part, part.content.unit) for part in parts]
     read = [(part.position, unit, part.unit_rows(unit)) for part, unit in units if unit is not None]
     if len(read) < len(parts):
@@ -77,13 +77,8 @@ def joined_nodes(parts: Sequence[Part], count: int, names: Sequence[str]) -> Nod
         if read and read[0][1].layout(name) == "tokens":
             joined[name] = _in_order([(position, unit.tokens(name, rows)) for position, unit, rows in read], count)
             continue
-        values: torch.Tensor | None = None
-        for position, unit, rows in read:
-            own = unit.node(name, rows)
-            values = own.new_empty((count, *own.shape[1:])) if values is None else values
-            values[torch.from_numpy(position)] = own
-        if values is not None:
-            joined[name] = values
+        if read:
+            joined[name] = join_rows([(unit.stored(name, rows), position) for position, unit, rows in read], count)
     return joined
 
 

@@ -19,6 +19,7 @@ from vkd_cache.config import Config, LossConfig
 from vkd_cache.errors import CacheMismatchError, ConfigError, CorruptCacheError
 from vkd_cache.normalisation import Whitening, whitening_statistics
 from vkd_cache.stages.feed import FedBatch
+from vkd_cache.stored_rows import StoredRows
 from vkd_cache.tokens import Tokens
 
 
@@ -110,9 +111,9 @@ class CachedTeacher:
     def __call__(self, batch: FedBatch, images: Tensor) -> TeacherOutput:
         """What the cache holds for the batch's views."""
         values = {
-            name: tensor.to(self._device, non_blocking=True).float()
-            for name, tensor in batch.nodes.items()
-            if isinstance(tensor, Tensor)
+            name: stored.to(self._device).dense().float()
+            for name, stored in batch.nodes.items()
+            if isinstance(stored, StoredRows)
         }
         features, logits = values.get("pooled"), values.get("logits")
         if features is not None and self._head is not None:
