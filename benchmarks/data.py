@@ -20,6 +20,7 @@ import torch
 from packing import jpeg
 from PIL import Image, ImageEnhance
 
+from vkd_cache.cache.pixel_codecs import PixelSpec
 from vkd_cache.cache.schema import Manifest, NodeSpec
 from vkd_cache.cache.units import UnitId, keys_to_columns
 from vkd_cache.cache.writer import CacheWriter, create_cache
@@ -28,6 +29,7 @@ from vkd_cache.runtime import library_versions
 from vkd_cache.sources import Source, source_identity
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask, render_loader
 from vkd_cache.stages.shared_blocks import Empty
+from vkd_cache.stages.stored_pixels import StoredPixels
 from vkd_cache.stages.units import UnitAssembly, unit_tasks
 from vkd_cache.views.mixing import plan_mixing
 from vkd_cache.views.params import params_to_columns
@@ -125,11 +127,12 @@ def imagenet_keys(count: int) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Form:
-    """How a made node is stored: channels, type, container."""
+    """How a made node is stored: channels, type, container; and how the views are."""
 
     width: int
     dtype: str
     backend: str
+    pixels: PixelSpec | None = None
 
 
 def make_manifest(recipe: Recipe, dataset: dict[str, object], form: Form) -> Manifest:
@@ -148,6 +151,7 @@ def make_manifest(recipe: Recipe, dataset: dict[str, object], form: Form) -> Man
         versions=library_versions(),
         backend=form.backend,
         block_samples=1024 if form.backend == "webdataset" else 0,
+        pixels=form.pixels,
     )
 
 
@@ -169,7 +173,8 @@ def make_cache(url: str, source: Source, recipe: Recipe, form: Form, *, workers:
     units = [UnitId(shard, 0) for shard in range(len(source.shards))]
     tasks = [task for unit in units for task in unit_tasks(source, recipe, manifest.seed, unit, 64)]
     assembly: UnitAssembly | None = None
-    rendered = render_loader(Renderer(source, recipe, manifest.seed), tasks, workers=workers)
+    renderer = Renderer(source, recipe, manifest.seed, stored=StoredPixels.of_cache(writer.cache))
+    rendered = render_loader(renderer, tasks, workers=workers)
     for number, batch in enumerate(rendered):
         unit, last = batch.tag
         assembly = assembly or UnitAssembly(source, unit)

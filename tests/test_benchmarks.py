@@ -27,6 +27,11 @@ MEASURED = {
                 "publish webdataset uint8", "read webdataset uint8"],
     "read": ["feed with cache", "feed of images", "CPU, feature path", "CPU, image path", "CPU, our pipeline",
              "CPU, torchvision pipeline"],
+    "pixels": [
+        *(f"{what}, vkd, {kind}" for what in ("training CPU", "extraction CPU", "CPU of the main process")
+          for kind in ("none", "jpeg", "lossless")),
+        "decode, jpeg 90 444", "decode, delta_zstd", "decode, png 1",
+    ],
     "step": [f"{what}, {kind}" for what in ("step", "peak memory") for kind in ("cache", "plain", "live")],
     "detection": [
         *(f"{what}, {kind}" for what in ("step", "peak memory") for kind in
@@ -39,6 +44,8 @@ RATIOS = {
     "extract": ["extract / teacher alone", "publish zarr float16 / 30 us"],
     "read": ["feed with cache / feed of images", "CPU of the feature path / of the image path",
              "our pipeline / torchvision's", "bytes per view, zarr uint8 / 3.1 kB"],
+    "pixels": [f"{what}, vkd, {ratio}" for kind in ("jpeg", "lossless") for what, ratio in
+               (("training CPU", f"none / {kind}"), ("extraction CPU", f"{kind} / none"))],
     "step": ["cache / plain", "live / cache", "peak memory, live / cache"],
     "detection": ["cache / plain", "live / cache", "live / cache, 10 % int8", "peak memory, live / cache",
                   "bytes, int8, 10 % / float16", "bytes, made tokens / the teacher's, same views",

@@ -284,6 +284,19 @@ def test_conversion_keeps_the_pixels(build: Build, caches: dict[str, Path], tmp_
         assert joined.pixels[joined.keys.index(key)] == first.pixels[row]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_page_reads_stored_views_without_us(caches: dict[str, Path], kind: str) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "format.md").read_text(encoding="utf-8")
+    section = page.split("## Read stored pixels without us\n")[1]
+    theirs: dict[str, Any] = {}
+    exec(section.split("```python\n")[1].split("```")[0], theirs)
+    cache = open_cache(str(caches[kind]))
+    unit = cache.read(1, 0)
+    document = json.loads((caches[kind] / MANIFEST_PATH).read_text(encoding="utf-8"))
+    for row in range(len(unit)):
+        assert pixel_digest(theirs["view_of"](unit.columns, document, row)) == unit.columns["digest"][row]
+
+
 # --- damage -------------------------------------------------------------------------------------------------------
 
 
