@@ -157,8 +157,8 @@ def test_no_field_without_effect() -> None:
 
 # what a user types is a promise: change it on purpose, here and in the changelog
 OPTIONS = {
-    "extract": "--source --cache --teacher --teacher-weights --views --dtype --nodes --tokens --pixels --backend --shard-size "
-    "--batch-size --workers --device --worker --seed --strict --no-strict --dry-run",
+    "extract": "--source --cache --teacher --teacher-weights --views --dtype --nodes --tokens --pixels --backend "
+    "--shard-size --batch-size --workers --device --worker --seed --strict --no-strict --dry-run",
     "train": "--source --val --cache --student --epochs --batch-size --lr --output --resume --seed --amp "
     "--live-teacher --no-live-teacher --teacher --teacher-weights --plain --workers --device --dry-run",
     "eval": "--source --checkpoint --student --ema --teacher --teacher-weights --cache --batch-size --workers "
