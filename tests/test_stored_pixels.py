@@ -28,6 +28,7 @@ from vkd_cache.cache.units import check_columns, pack_unit
 from vkd_cache.config import Config
 from vkd_cache.errors import CacheFormatError, CacheMismatchError, CorruptCacheError
 from vkd_cache.runtime import JobSplit
+from vkd_cache.stages.compare import compare
 from vkd_cache.stages.extract import extract
 from vkd_cache.stages.feed import FedBatch
 from vkd_cache.stages.run import prepare_run
@@ -295,6 +296,34 @@ def test_the_page_reads_stored_views_without_us(caches: dict[str, Path], kind: s
     document = json.loads((caches[kind] / MANIFEST_PATH).read_text(encoding="utf-8"))
     for row in range(len(unit)):
         assert pixel_digest(theirs["view_of"](unit.columns, document, row)) == unit.columns["digest"][row]
+
+
+def test_a_live_teacher_sees_the_same(build: Build, caches: dict[str, Path], junk: Path, tmp_path: Path) -> None:
+    """Beside the cache it is shown the stored views; without one, what an extraction would have stored."""
+    config = reading(build, caches["jpeg"], tmp_path / "compare", junk)
+    report = compare(config, steps=2)
+    assert report.within_bound and max(report.lockstep["total"]) < 1e-5
+    digests = {unit.id.shard: dict(zip(unit.rows.tolist(), unit.columns["digest"].tolist(), strict=True))
+               for unit in map(open_cache(str(caches["jpeg"])).read, open_cache(str(caches["jpeg"])).units)
+               if unit.id.view == 0}  # fmt: skip
+    cache = {"url": str(tmp_path / "none"), "pixels": "jpeg"}
+    live = {"live_teacher": True, "output": str(tmp_path / "live"), "epochs": 1}
+    run = prepare_run(build(cache=cache, train=live, views={"count": "1"}), JobSplit())
+    with run.feed(run.supply(live=True)) as feed:
+        for batch in feed.batches(epoch=0, step=0, workers=0):
+            rendered = batch.rendered
+            for shard, row, digest in zip(rendered.shard, rendered.row, rendered.columns["digest"], strict=True):
+                assert digest == digests[int(shard)][int(row)]
+
+
+def test_a_recipe_whose_colours_the_device_maps(build: Build, junk: Path, tmp_path: Path) -> None:
+    """What is left to the device after decoding depends on the stored pixels, too."""
+    url = tmp_path / "cache"
+    config = build(cache={"url": str(url), "pixels": "jpeg"}, views={"recipe": "fast", "count": "1"})
+    assert extract(config, JobSplit()).exit_code == 0
+    assert_sound(config, url, teacher=True)
+    batch = next(iter(fed(reading(build, url, tmp_path / "out", junk))))
+    assert batch.rendered.colour is not None
 
 
 # --- damage -------------------------------------------------------------------------------------------------------
