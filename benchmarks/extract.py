@@ -3,35 +3,26 @@
     python benchmarks/extract.py --output benchmarks/results/extract.json
 
 Three rates over the same views: the teacher's forward on mixed images that lie on its device; rendering alone, with
-the same worker processes; the whole stage, published units included. On a GPU the stage should run at the rate of the
-slower of the first two. On a CPU all of them share the cores, so their times add up and the bound is stated as such.
+the same worker processes; the whole stage, published units included. The stage should run at the rate of the slower of
+the first two. On a CPU all of them share the cores, so their times add up and the bound is stated as such; there they
+are measured once more with one core for the teacher and the others for workers and writer, where that bound holds.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import data
-import torch
-from harness import Report, Stopwatch, Target, interleave, parse, parser, require, scratch_folder
+from extract_stage import Stage, apart, can_be_apart, stage_config
+from harness import Report, Stopwatch, Target, interleave, parse, parser, scratch_folder
 
-from vkd_cache.cache.codecs import resolve_codec
-from vkd_cache.cache.schema import Manifest
-from vkd_cache.cache.units import UnitId
-from vkd_cache.cache.writer import create_cache
-from vkd_cache.cli import guarded
-from vkd_cache.config import Config, load_config
-from vkd_cache.runtime import library_versions, resolve_device, write_atomic
-from vkd_cache.sources import Source, open_source, source_identity
-from vkd_cache.stages.extract_job import ExtractJob
-from vkd_cache.stages.rendering import RenderedBatch, Renderer, render_loader
-from vkd_cache.stages.teaching import TeacherRun, start_teacher
-from vkd_cache.stages.transfer import mixed_images
-from vkd_cache.stages.units import unit_tasks
-from vkd_cache.teachers import load_teacher
-from vkd_cache.views.recipe import RECIPES, Recipe, make_recipe
+from vkd_cache.guard import guarded
+from vkd_cache.runtime import write_atomic
+from vkd_cache.views.recipe import RECIPES, Recipe
 
+KINDS = ("teacher alone", "rendering alone", "extract")
+APART = ", a core for the teacher"  # and the others for data workers and writer
 TINY = {
     "teacher": "test_resnet", "images": 24, "shard_size": 12, "size_px": 32, "batch_size": 8, "workers": 1,
     "repetitions": 2, "unit_samples": 32, "width": 96,
@@ -40,18 +31,20 @@ TINY = {
 
 def main() -> int:
     """Run the benchmark."""
-    made = parser("Extraction against the teacher's forward alone; publishing and reading units.", repetitions=5)
+    made = parser("Extraction against the teacher's forward alone; publishing and reading units.", repetitions=3)
     made.add_argument("--teacher", default="regnety_016", help="timm model, at random weights")
-    made.add_argument("--images", type=int, default=256, help="JPEG files of 500x375")
+    made.add_argument("--images", type=int, default=384, help="JPEG files of 500x375")
     made.add_argument("--views", type=int, default=1, help="views of each")
     made.add_argument("--shard-size", type=int, default=128, help="images per unit")
     made.add_argument("--size-px", type=int, default=224, help="side of a view")
     made.add_argument("--recipe", default="vkd", choices=sorted(RECIPES), help="view recipe")
-    made.add_argument("--batch-size", type=int, default=32, help="of the teacher")
+    made.add_argument("--batch-size", type=size, default=16, metavar="N|auto", help="of the teacher")
     made.add_argument("--workers", type=int, default=2, help="processes that render")
     made.add_argument("--device", default="auto", help="of the teacher")
     made.add_argument("--autocast", default="off", choices=("off", "float16", "bfloat16"), help="of the teacher")
     made.add_argument("--channels-last", action="store_true", help="memory format of the teacher")
+    made.add_argument("--compile", action="store_true", help="torch.compile the teacher")
+    made.add_argument("--no-apart", action="store_true", help="not once more with a core for the teacher alone")
     made.add_argument("--dtype", default="float16", choices=sorted(data.CODECS), help="of the stage's cache")
     made.add_argument("--unit-samples", type=int, default=1024, help="samples of the units published and read")
     made.add_argument("--width", type=int, default=3024, help="channels of these units")
@@ -64,120 +57,53 @@ def main() -> int:
     return 0
 
 
-class Stage:
-    """The three things that are timed, over the same units; each gives views per second."""
-
-    def __init__(self, config: Config, source: Source, run: TeacherRun, manifest: Manifest, folder: Path) -> None:
-        self._config = config
-        self._source = source
-        self._run = run
-        self._manifest = manifest
-        self._folder = folder
-        self._recipe = make_recipe(config.views)
-        views = range(int(config.views.count))
-        self._units = [UnitId(shard, view) for view in views for shard in range(len(source.shards))]
-        self._count = sum(len(source.shards[unit.shard].keys) for unit in self._units)
-        self._caches = 0
-        batches = list(self._rendered())
-        # float images on the device, mixed: the teacher alone has nothing to do but its forward
-        self._images = [mixed_images(batch.pixels.to(run.device), batch.mix) for batch in batches]
-        run(self._images[0])
-
-    def _rendered(self) -> Iterator[RenderedBatch]:
-        seed, size = self._config.views.seed, self._run.batch_size
-        tasks = [t for unit in self._units for t in unit_tasks(self._source, self._recipe, seed, unit, size)]
-        renderer = Renderer(self._source, self._recipe, seed)
-        return render_loader(renderer, tasks, workers=self._config.extract.workers)
-
-    def teacher(self) -> float:
-        """The teacher's forward, images in device memory."""
-        with Stopwatch(self._run.device) as watch:
-            for images in self._images:
-                self._run(images)
-        return self._count / watch.wall_s
-
-    def rendering(self) -> float:
-        """Reading, decoding and augmenting in worker processes, nothing done with the result."""
-        with Stopwatch() as watch:
-            done = sum(len(batch.row) for batch in self._rendered())
-        require(done == self._count, f"rendering: {done} views came out of {self._count}")
-        return self._count / watch.wall_s
-
-    def stage(self) -> float:
-        """The stage's own loop into a new cache, from starting the workers to the last record on disk."""
-        self._caches += 1
-        url = str(self._folder / f"stage-{self._caches}")
-        writer = create_cache(url, self._manifest, self._run.teacher.head_tensors())
-        job = ExtractJob(self._config, self._source, self._recipe, self._run, writer)
-        with Stopwatch(self._run.device) as watch:
-            job.do(self._units)
-        done = job.summary().samples
-        require(done == self._count, f"extract: {done} views were published of {self._count}")
-        return self._count / watch.wall_s
+def size(text: str) -> int:
+    """A batch size; `auto` is 0."""
+    return 0 if text == "auto" else int(text)
 
 
 def measure_stage(options: argparse.Namespace, folder: Path, report: Report) -> None:
-    """The rates of the teacher, of rendering and of the stage."""
+    """The rates of the teacher, of rendering and of the stage, as they come and on cores of their own."""
     photo_bytes = data.make_photos(folder / "photos", options.images, seed=options.seed)
     weights = data.random_weights(options.teacher, folder / "teacher.safetensors", seed=options.seed)
-    config = _config(options, folder, weights)
-    source = open_source(config.source.train, shard_size=config.source.shard_size)
-    teacher = load_teacher(config.teacher, nodes=("pooled",), num_classes=1000, view_px=options.size_px)
-    run = start_teacher(teacher, config.extract, torch.device(resolve_device(config.extract.device)))
-    stage = Stage(config, source, run, _manifest(config, source, run), folder)
-    kinds: dict[str, Callable[[], float]] = {
-        "teacher alone": stage.teacher, "rendering alone": stage.rendering, "extract": stage.stage,
-    }  # fmt: skip
-    found = interleave("extract", kinds, options.repetitions)
+    config = stage_config(options, folder, weights)
+    stage = Stage(config, folder)
+    on_gpu = stage.run.device.type == "cuda"
+    found = interleave("extract", stage.kinds, options.repetitions)
     report.measure("views/s", found)
-    on_gpu = run.device.type == "cuda"
-    faster_data = report.measurements["rendering alone"]["median"] > report.measurements["teacher alone"]["median"]
-    target = Target(bound=0.95, at_most=False) if on_gpu and faster_data else None
-    report.ratio("extract / teacher alone", "extract", "teacher alone", target)
-    report.ratio("extract / rendering alone", "extract", "rendering alone")
-    each = zip(found["extract"], found["teacher alone"], found["rendering alone"], strict=True)
+    relate(report, found, "", Target(bound=0.95, at_most=False) if on_gpu else None)
     if not on_gpu:
-        shared = [rate * (1 / teacher + 1 / rendering) for rate, teacher, rendering in each]
+        each = zip(*(found[name] for name in KINDS), strict=True)
+        shared = [rate * (1 / teacher + 1 / rendering) for teacher, rendering, rate in each]
         report.ratio_of("extract / both one after the other", shared)
     report.facts |= {
-        "device": run.device.type,
-        "limit": f"the {'teacher' if faster_data else 'rendering'} is the slower side"
-        + ("" if on_gpu else "; teacher and rendering share the cores"),
+        "device": stage.run.device.type,
+        "batch size": stage.run.batch_size,
+        "batch sizes tried": [f"{trial.batch_size}: {trial.rate:.4g}/s" for trial in stage.tried],
+        "limited by, as the stage says": stage.limits,
         "mean JPEG bytes": round(photo_bytes / options.images),
         "views per repetition": options.images * options.views,
     }
+    del stage  # and its images
+    if on_gpu or options.no_apart:
+        return
+    if not can_be_apart():
+        report.facts["a core for the teacher alone"] = "not measured: needs Linux and two cores"
+        return
+    alone, limits = apart(config, folder / "apart", options.repetitions)
+    alone = {f"{name}{APART}": rates for name, rates in alone.items()}
+    report.measure("views/s", alone)
+    relate(report, alone, APART, Target(bound=0.95, at_most=False))
+    report.facts[f"limited by, as the stage says{APART}"] = limits
 
 
-def _config(options: argparse.Namespace, folder: Path, weights: str) -> Config:
-    sections: dict[str, dict[str, object]] = {
-        "source": {"train": str(folder / "photos"), "shard_size": options.shard_size},
-        "views": {"recipe": options.recipe, "count": str(options.views), "size_px": options.size_px},
-        "teacher": {"name": options.teacher, "weights": weights},
-        "cache": {"url": str(folder / "unused"), "dtype": options.dtype},
-        "extract": {
-            "batch_size": options.batch_size, "workers": options.workers, "device": options.device,
-            "autocast": options.autocast, "channels_last": options.channels_last,
-        },
-    }  # fmt: skip
-    return load_config(None, sections)
-
-
-def _manifest(config: Config, source: Source, run: TeacherRun) -> Manifest:
-    """As the stage plans it, without measuring a codec."""
-    side = config.views.size_px
-    values = run(torch.rand(2, 3, side, side, device=run.device))
-    head = run.teacher.head_tensors()
-    return Manifest(
-        dataset=source_identity(source).to_json(),
-        recipe=make_recipe(config.views).to_json(),
-        seed=config.views.seed,
-        nodes=tuple(resolve_codec(name, config.cache.dtype, value.cpu(), head) for name, value in values.items()),
-        teacher=run.teacher.identity,
-        head=None,
-        numerics=run.numerics(),
-        versions=library_versions(),
-        backend=config.cache.backend,
-    )
+def relate(report: Report, found: Mapping[str, Sequence[float]], where: str, target: Target | None) -> None:
+    """The stage's rate over those of the teacher, of rendering, and of the slower of both, which is its limit."""
+    teacher, rendering, stage = (f"{name}{where}" for name in KINDS)
+    report.ratio(f"extract / teacher alone{where}", stage, teacher)
+    report.ratio(f"extract / rendering alone{where}", stage, rendering)
+    each = zip(found[teacher], found[rendering], found[stage], strict=True)
+    report.ratio_of(f"extract / the slower of both{where}", [rate / min(a, b) for a, b, rate in each], target)
 
 
 class UnitCost:
