@@ -54,22 +54,22 @@ class Setting:
         seed: of the order of images, of the views, and of the teacher's weights.
     """
 
-    taught: int = 20000
-    learnt: int = 1000
+    taught: int = 30000
+    learnt: int = 200
     judged: int = 10000
     size_px: int = 32
-    recipe: str = "crop_flip"
-    mix_probability: float = 0.0
+    recipe: str = "none"
+    mix_probability: float = 1.0
     teacher: str = "test_resnet"
     student: str = "test_efficientnet"
     teacher_epochs: int = 8
     teacher_lr: float = 4e-3
     teacher_batch_size: int = 128
-    epochs: int = 32
-    lr: float = 4e-3
-    batch_size: int = 50
-    feature_weight: float = 1.0
-    logit_weight: float = 1.0
+    epochs: int = 48
+    lr: float = 8e-3
+    batch_size: int = 40
+    feature_weight: float = 4.0
+    logit_weight: float = 4.0
     seed: int = 0
 
 
