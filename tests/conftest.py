@@ -25,7 +25,7 @@ settings.register_profile("fixed", derandomize=True)
 settings.load_profile("fixed")
 
 # Processes that tests start are forks of one server, which belongs to whoever starts it first: it has all they need.
-PRELOAD = ["vkd_cache.stages.convert", "vkd_cache.stages.extract", "vkd_cache.stages.rendering"]
+PRELOAD = [f"vkd_cache.stages.{name}" for name in ("convert", "extract", "planning", "rendering")]
 
 SIDE_PX = 32
 CLASSES = 10

@@ -36,6 +36,9 @@ from vkd_cache.cli_settings import (
 from vkd_cache.guard import guarded
 from vkd_cache.runtime import expand_home, job_split
 
+_PLANNED_CACHE_HELP = "the cache, as far as it is there: what is missing is planned, and nothing written"
+_PLANNED_WEIGHTS_HELP = "file with its weights; without, or where it is missing, random ones, which are as fast"
+_SECONDS_HELP = "time to measure for, about; starts of processes come on top; default: 60"
 _DEMOS = {"classification": "demo", "detection": "demo_detection"}  # task and its pipeline
 _DEMO_OUTPUTS = {"classification": "vkd-cache-demo", "detection": "vkd-cache-demo-detection"}
 
@@ -70,7 +73,7 @@ def cli() -> None:
 @setting("--pixels", "cache.pixels")
 @setting("--backend", "cache.backend")
 @setting("--shard-size", "source.shard_size", metavar="N")
-@setting("--batch-size", "extract.batch_size", metavar="N")
+@setting("--batch-size", "extract.batch_size", metavar="N|auto")
 @setting("--workers", "extract.workers", metavar="N")
 @setting("--device", "extract.device", metavar="NAME")
 @click.option("--worker", metavar="I/N", help=WORKER_HELP)
@@ -278,6 +281,37 @@ def compare(pipeline: str | None, steps: int, as_json: bool, **settings: object)
     report = run(config, steps=steps)
     present("Cache against live teacher", report.to_json(), as_json)
     return report.exit_code
+
+
+@cli.command(short_help="bytes, hours and break-even, before anything is written")
+@pipeline_argument
+@setting("--source", "source.train", metavar="PATH")
+@setting("--cache", "cache.url", metavar="URL", help_text=_PLANNED_CACHE_HELP)
+@setting("--teacher", "teacher.name", metavar="NAME")
+@setting("--teacher-weights", "teacher.weights", metavar="FILE", help_text=_PLANNED_WEIGHTS_HELP)
+@setting("--views", "views.count", metavar="N|A:B", help_text=VIEWS_HELP)
+@setting("--dtype", "cache.dtype")
+@setting("--tokens", "cache.tokens", metavar="X")
+@setting("--student", "student.name", metavar="NAME")
+@setting("--epochs", "train.epochs", metavar="N")
+@setting("--batch-size", "train.batch_size", metavar="N")
+@click.option("--seconds", default=60.0, metavar="X", type=click.FloatRange(min=0.1), help=_SECONDS_HELP)
+@json_option
+def plan(pipeline: str | None, seconds: float, as_json: bool, **settings: object) -> int:
+    """What a cache will take and gain: bytes, hours, memory, and when it pays against a live teacher.
+
+    Measured on this machine, with a sample of the source, into a temporary folder that is removed. Without --student,
+    stage one alone.
+    """
+    config = resolve(pipeline, settings, "source.train", "teacher.name")
+    from vkd_cache.stages.planning import plan as run
+
+    report = run(config, seconds=seconds)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        report.show()
+    return 0
 
 
 @cli.command(short_help="all of it on real digits, on a CPU, in minutes")

@@ -1,0 +1,105 @@
+"""Work in a process of its own: its peak memory and its start are then those of a real command.
+
+A newcomer would measure one thing after the other in one process: its largest resident size never falls again, and its
+libraries are loaded only once.
+"""
+
+import multiprocessing
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+import torch
+
+from vkd_cache import console
+from vkd_cache.errors import VkdCacheError
+from vkd_cache.memory import is_out_of_memory
+from vkd_cache.runtime import peak_memory_bytes
+
+Request = TypeVar("Request")
+Found = TypeVar("Found")
+
+START_METHOD = "spawn"  # a new interpreter, as a command has: its start takes as long
+_PATIENCE_S = 5.0  # for what takes milliseconds: a process that has answered, or was told to end
+
+
+def in_own_process(work: Callable[[Request, float], Found], request: Request, what: str) -> Found:
+    """What `work` returns for `request` and the moment, by `time.monotonic`, at which its process was started.
+
+    Args:
+        work: a function of a module.
+        request: its argument.
+        what: is measured, for messages.
+
+    Raises:
+        MemoryError: there was not enough memory, on the GPU or here.
+        VkdCacheError: what the work raised; or the process ended by itself.
+        Exception: anything else that the work raised.
+    """
+    context: Any = multiprocessing.get_context(START_METHOD)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_serve, args=(sender, work, request, time.monotonic()))
+    process.start()
+    sender.close()
+    try:
+        answer = receiver.recv()
+    except EOFError:
+        process.join(_PATIENCE_S)
+        raise _death(what, process.exitcode) from None
+    except BaseException:
+        process.terminate()
+        raise
+    finally:
+        process.join(_PATIENCE_S)
+        process.kill()
+        process.join()
+        receiver.close()
+    if isinstance(answer, Exception):
+        if is_out_of_memory(answer):
+            raise MemoryError(f"{what}: {str(answer).splitlines()[0]}")
+        raise answer
+    found: Found = answer
+    return found
+
+
+def _death(what: str, exit_code: int | None) -> Exception:
+    if exit_code == -signal.SIGKILL:
+        return MemoryError(f"{what}: the process that measured it was killed, as the system does without memory.")
+    return VkdCacheError(
+        f"plan: the process that measured {what} ended early (exit code {exit_code}). Its own messages are above; the "
+        "command that it stands for will say more."
+    )
+
+
+def _serve(line: Connection, work: Callable[[Any, float], Any], request: Any, started: float) -> None:
+    console.set_quiet(True)
+    warnings.simplefilter("ignore")  # the commands themselves will say it
+    try:
+        answer = work(request, started)
+    except Exception as error:  # noqa: BLE001 - raised again by the process that asked
+        answer = error
+    line.send(answer)
+    line.close()
+
+
+class Memory:
+    """Peak memory of this process, so far.
+
+    Attributes:
+        host_bytes: resident size, without that of data workers.
+        gpu_bytes: allocated on the GPU; 0 without one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.host_bytes = peak_memory_bytes()
+        self.gpu_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def wait_for(device: torch.device) -> float:
+    """`time.monotonic()` when `device` has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()

@@ -1,0 +1,295 @@
+"""Stage two on a sample: how long a step takes here, fed by real data workers, with one kind of teacher or with none.
+
+Feed, student, losses and optimizer are those of a real run. A newcomer's trap: epochs over a sample are short, so the
+loop of a real run would do little else than save checkpoints; what that takes is measured by itself, once.
+"""
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from vkd_cache.cache.reader import open_cache
+from vkd_cache.config import MAX_VIEWS, Config
+from vkd_cache.errors import ConfigError
+from vkd_cache.runtime import JobSplit
+from vkd_cache.sources import Source, is_detection
+from vkd_cache.stages.batch_size import BESIDE_A_STUDENT
+from vkd_cache.stages.checkpoints import LAST, save_checkpoint
+from vkd_cache.stages.feed import FedBatch
+from vkd_cache.stages.learner import Learner, step_seed
+from vkd_cache.stages.planning_process import Memory, wait_for
+from vkd_cache.stages.planning_sample import Place, first_places, part_of
+from vkd_cache.stages.planning_sizes import Line, line_through
+from vkd_cache.stages.ranks import take_device
+from vkd_cache.stages.run import Run, complete_views
+from vkd_cache.stages.supply import Supply
+from vkd_cache.stages.transfer import ahead_on_device
+from vkd_cache.stages.unit_views import CachedViews, PlannedViews, Views
+from vkd_cache.views.recipe import make_recipe
+
+FIRST_BATCH = 8  # samples of the steps by which it is decided what can be measured in the time
+MIN_STEPS = 6  # that are measured, if a batch can be made as small as that takes
+_SETTLED = 0.01  # relative standard error of the rate at which measuring ends
+_STRETCH_S = 0.5  # between two looks at the clock, which wait for a GPU
+_EVAL_BATCH = {True: 8, False: 128}  # of a detector or not, where the configuration leaves it open
+_EVAL_SHARE = 0.4  # of the time to measure for
+
+Group = list[tuple[FedBatch, torch.Tensor]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """What to measure.
+
+    Attributes:
+        config: of the training.
+        source: all of it.
+        places: its samples that are in the cache of the sample.
+        cache: that cache; "": none is read, views are planned.
+        live: with the teacher in memory.
+        sample_s: seconds that a sample takes, about; 0: it has to be found out.
+        val: to measure an evaluation on; None: none is.
+        folder: for a checkpoint.
+        seconds: to measure for.
+    """
+
+    config: Config
+    source: Source
+    places: tuple[Place, ...]
+    cache: str
+    live: bool
+    sample_s: float
+    val: Source | None
+    folder: str
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainFound:
+    """What was measured.
+
+    Attributes:
+        step_s: seconds of an optimizer step of the configured size, data included.
+        spread: standard error of that, relative.
+        start_s: seconds from the start of the process to the first step.
+        batch_size: of the batches that were measured, at most the configured one.
+        device: the student's.
+        host_bytes, gpu_bytes: peak memory, see `Memory`; for the configured batch.
+        checkpoint_s: seconds of writing one.
+        evaluation: seconds of one by its number of images; None: not measured.
+    """
+
+    step_s: float
+    spread: float
+    start_s: float
+    batch_size: int
+    device: str
+    host_bytes: int
+    gpu_bytes: int
+    checkpoint_s: float
+    evaluation: Line | None
+
+
+def measure_training(request: TrainRequest, started: float) -> TrainFound:
+    """Train on a sample; in a process of its own, `started` at that moment.
+
+    Raises:
+        VkdCacheError: as a training run would.
+    """
+    device = take_device(request.config.train.device)
+    sample_s = request.sample_s
+    batch_size = _batch_size(request, sample_s, device) if sample_s else 0
+    run = _prepared(request, device, batch_size or request.config.train.batch_size)
+    supply = run.supply(live=request.live)
+    learner = run.learner(supply)
+    trainer = _Trainer(run, supply, learner)
+    before = [(0, Memory(device).host_bytes)]
+    begun = time.monotonic()
+    if not batch_size:
+        sample_s = trainer.sample_seconds()
+        before.append((FIRST_BATCH, Memory(device).host_bytes))
+        batch_size = _batch_size(request, sample_s, device)
+        trainer = _Trainer(_prepared(request, device, batch_size), supply, learner)
+    aside_s = time.monotonic() - begun
+    began = time.monotonic()
+    batch_s, spread, first_s = trainer.steady(request.seconds)
+    peak, full = Memory(device), request.config.train.batch_size
+    smaller, base = next(point for point in reversed(before) if point[0] < batch_size)
+    per_sample = (peak.host_bytes - base) / (batch_size - smaller)
+    return TrainFound(
+        step_s=batch_s * full / batch_size * request.config.train.accumulate,
+        spread=spread,
+        start_s=began - started - aside_s + max(0.0, first_s - batch_s),
+        batch_size=batch_size,
+        device=str(device),
+        host_bytes=round(peak.host_bytes + (full - batch_size) * per_sample),
+        gpu_bytes=round(peak.gpu_bytes * full / batch_size),
+        checkpoint_s=_checkpoint_s(learner, Path(request.folder)),
+        evaluation=_evaluation(request, request.val, learner) if request.val is not None else None,
+    )
+
+
+def _batch_size(request: TrainRequest, sample_s: float, device: torch.device) -> int:
+    """The configured batch, or a smaller one: so that some are measured in the time, and the sample fills one.
+
+    Raises:
+        ConfigError: the sample does not fill any.
+    """
+    train = request.config.train
+    there = sum(len(place.rows) // 2 * 2 for place in request.places)
+    wanted = min(train.batch_size, there)
+    if wanted < 2:
+        raise ConfigError(f"{request.source.location}: has too few images for one step of training.")
+    affordable = request.seconds / MIN_STEPS / sample_s
+    if device.type == "cuda" or train.compile or affordable >= wanted or wanted <= FIRST_BATCH:
+        return wanted
+    return min(wanted, max(FIRST_BATCH, 1 << int(max(1.0, affordable)).bit_length() - 1))
+
+
+def _prepared(request: TrainRequest, device: torch.device, batch_size: int) -> Run:
+    """A run over the sample whose batches have `batch_size` samples, and a live teacher's their share of that."""
+    config, train = request.config, request.config.train
+    taught = config.extract.batch_size or BESIDE_A_STUDENT
+    if batch_size < train.batch_size:
+        taught = max(2, taught * batch_size // train.batch_size // 2 * 2)
+    shards = len(request.places)
+    config = dataclasses.replace(
+        config,
+        # few shards are open, or no unit would be read twice however many epochs there are
+        train=dataclasses.replace(
+            train,
+            batch_size=batch_size,
+            epochs=MAX_VIEWS,
+            open_shards=max(1, min(train.open_shards, shards // 4)),
+            live_teacher=request.live,
+        ),
+        extract=dataclasses.replace(config.extract, batch_size=taught),
+    )
+    source = part_of(request.source, request.places)
+    cache = open_cache(request.cache) if request.cache else None
+    recipe = make_recipe(config.views)
+    views: Views
+    if cache is None:
+        views = PlannedViews(source, recipe, config.views.seed, range(MAX_VIEWS))
+    else:
+        views = CachedViews(cache, source, complete_views(cache, shards, warn=False))
+    return Run(
+        config=config,
+        split=JobSplit(),
+        device=device,
+        source=source,
+        val_source=None,
+        cache=cache,
+        recipe=recipe,
+        views=views,
+        num_classes=source.num_classes,
+    )
+
+
+class _Trainer:
+    """Steps of one learner, one after the other, as fast as they come."""
+
+    def __init__(self, run: Run, supply: Supply, learner: Learner) -> None:
+        self._run = run
+        self._supply = supply
+        self._learner = learner
+        self._steps = 0
+
+    def sample_seconds(self) -> float:
+        """Seconds of a sample, from a few small batches that are rendered in this process."""
+        size = min(FIRST_BATCH, self._run.config.train.batch_size)
+        run = dataclasses.replace(
+            self._run,
+            config=dataclasses.replace(
+                self._run.config, train=dataclasses.replace(self._run.config.train, batch_size=size, workers=0)
+            ),
+        )
+        small = _Trainer(run, self._supply, self._learner)
+        times = []
+        with run.feed(self._supply) as feed:
+            for group in itertools.islice(small._groups(feed.batches(epoch=0, step=0, workers=0)), 3):
+                small._step(group)
+                times.append(wait_for(run.device))
+        return (times[-1] - times[0]) / (len(times) - 1) / size / run.config.train.accumulate
+
+    def steady(self, seconds: float) -> tuple[float, float, float]:
+        """Seconds of a batch, their relative standard error, and the seconds until the first step was done."""
+        train, device = self._run.config.train, self._run.device
+        ahead = 2 * train.workers + 2  # steps that find more batches waiting than there will be
+        stretches: list[tuple[float, int]] = []
+        begun = last = time.monotonic()
+        first_s, done = 0.0, 0
+        with self._run.feed(self._supply) as feed:
+            fed = feed.batches(epoch=0, step=0, workers=train.workers, pin_memory=device.type == "cuda")
+            for number, group in enumerate(self._groups(fed), start=1):
+                self._step(group)
+                done += len(group)
+                if number == 1:
+                    last = wait_for(device)
+                    first_s, done, begun = last - begun, 0, last
+                elif time.monotonic() - last > _STRETCH_S or number == ahead:
+                    now = wait_for(device)
+                    if number > ahead or now - begun > seconds / 2:
+                        stretches.append((now - last, done))
+                    last, done = now, 0
+                if (last - begun > seconds and len(stretches) > 1) or _has_settled(stretches):
+                    break
+        times = [took / batches for took, batches in stretches]
+        mean = sum(took for took, _ in stretches) / sum(batches for _, batches in stretches)
+        return mean, _standard_error(times) / mean, first_s
+
+    def _groups(self, batches: Iterator[FedBatch]) -> Iterator[Group]:
+        ahead = ahead_on_device(batches, self._run.device)
+        while group := list(itertools.islice(ahead, self._run.config.train.accumulate)):
+            yield group
+
+    def _step(self, group: Group) -> None:
+        train = self._run.config.train
+        self._steps += 1
+        # small, so that no student of these data goes astray
+        terms = self._learner.step(group, self._supply, train.lr / 100, step_seed(train.seed, self._steps, 0))
+        if self._steps % train.log_every == 0:
+            float(terms["total"])  # as the loop does for a line of the log: here the host waits for the device
+
+
+def _has_settled(stretches: list[tuple[float, int]]) -> bool:
+    times = [took / batches for took, batches in stretches]
+    return len(times) >= 10 and _standard_error(times) <= _SETTLED * sum(times) / len(times)
+
+
+def _standard_error(values: list[float]) -> float:
+    if len(values) < 2:
+        return math.nan
+    return float(torch.tensor(values, dtype=torch.float64).std()) / math.sqrt(len(values))
+
+
+def _checkpoint_s(learner: Learner, folder: Path) -> float:
+    begun = time.monotonic()
+    learner.is_finite()
+    save_checkpoint(folder / LAST, learner.state())
+    return time.monotonic() - begun
+
+
+def _evaluation(request: TrainRequest, val: Source, learner: Learner) -> Line:
+    """Seconds of an evaluation by its number of images, from two parts of the validation split `val`."""
+    size = request.config.eval.batch_size or _EVAL_BATCH[is_detection(val)]
+    points: list[tuple[float, float]] = []
+    count, total = 2 * size, sum(len(shard.keys) for shard in val.shards)
+    while True:
+        count = min(count, total)
+        begun = time.monotonic()
+        for model in [learner.student, *([learner.ema.module] if learner.ema is not None else [])]:
+            learner.task.evaluate(model, part_of(val, first_places(val, count)), JobSplit(), lambda: None)
+        points.append((float(count), time.monotonic() - begun))
+        if count == total or len(points) > 1:
+            return line_through(points)
+        # the first one started what the next will find there
+        left_s = max(0.0, _EVAL_SHARE * request.seconds)
+        count = max(2 * count, int(count * left_s / points[0][1]))
+
+
