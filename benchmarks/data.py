@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import safetensors.torch
-import timm
 import torch
 from packing import jpeg
 from PIL import Image, ImageEnhance
@@ -188,6 +187,8 @@ def make_cache(url: str, source: Source, recipe: Recipe, form: Form, *, workers:
 def random_weights(name: str, path: Path, *, seed: int, num_classes: int = 1000) -> str:
     """Write the seeded random weights of a timm model as a safetensors file, and return its path: a teacher that
     teaches nothing costs as much as one that does."""
+    import timm  # seconds that only teachers are worth
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = timm.create_model(name, num_classes=num_classes)

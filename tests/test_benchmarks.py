@@ -27,12 +27,17 @@ MEASURED = {
                 "publish webdataset uint8", "read webdataset uint8"],
     "read": [f"{what}, {recipe}" for recipe in ("vkd", "fast") for what in
              ("feed with cache", "feed of images", "CPU, feature path", "CPU, image path")],
+    "image_pipeline": [
+        *(f"{kind}, {end}" for kind in ("torchvision", "vkd", "fast", "torchvision detection", "vidt", "fast_detection")
+          for end in ("8-bit", "float")),
+        *(f"{recipe}: {stage}" for recipe in ("vkd", "fast") for stage in ("read", "decode", "plan", "render", "digest")),
+        "fast: colour map",
+    ],
     "pipelines": [f"{what}{kind}" for what in ("", "CPU, ") for kind in
                   ("vkd", "vkd with cache", "fast", "fast with cache", "torchvision, PIL", "webdataset")],
     "worker_pool": [f"{what}{kind}, {count} images, 1 workers" for what in ("", "CPU, ", "CPU of the main process, ")
                     for kind in ("pool", "DataLoader") for count in (4, 8)],
-    "scaling_workers": [f"{kind}, {processes} x 1 workers" for processes in (1, 2) for kind in
-                        ("vkd", "fast with cache", "torchvision, PIL")],
+    "scaling_workers": [f"fast with cache, {processes} x 1 workers" for processes in (1, 2)],
     "pixels": [
         *(f"{what}, vkd, {kind}" for what in ("training CPU", "extraction CPU", "CPU of the main process")
           for kind in ("none", "jpeg", "lossless")),
@@ -50,9 +55,11 @@ RATIOS = {
     "extract": ["extract / teacher alone", "extract / the slower of both", "publish zarr float16 / 30 us"],
     "read": ["feed with cache / feed of images, vkd", "CPU of the feature path / of the image path, fast",
              "bytes per view, zarr uint8 / 3.1 kB"],
+    "image_pipeline": [f"{kind} / torchvision, {end}" for kind in ("vkd", "fast", "vidt", "fast_detection")
+                       for end in ("8-bit", "float")],
     "pipelines": ["fast / torchvision, PIL", "fast with cache / webdataset", "vkd with cache / vkd"],
     "worker_pool": ["pool / DataLoader, 8 images, 1 workers", "CPU, pool / DataLoader, 8 images, 1 workers"],
-    "scaling_workers": ["efficiency, fast, 2 x 1 workers"],
+    "scaling_workers": ["efficiency, fast with cache, 2 x 1 workers"],
     "pixels": [f"{what}, vkd, {ratio}" for kind in ("jpeg", "lossless") for what, ratio in
                (("training CPU", f"none / {kind}"), ("extraction CPU", f"{kind} / none"))],
     "step": ["cache / plain", "live / cache", "peak memory, live / cache"],
