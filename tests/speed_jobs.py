@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from extract_jobs import Colours
-from torch import Tensor
+from torch import Tensor, nn
 
 from vkd_cache.config import Config
 from vkd_cache.runtime import JobSplit
@@ -35,6 +35,14 @@ class Watched(Colours):
             while MEANWHILE:
                 MEANWHILE.pop()()
         return super().forward_features(pixels)
+
+
+def plain(num_classes: int) -> nn.Module:
+    """A network with nothing but a forward."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 16), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(16, num_classes))
 
 
 def hungry(num_classes: int) -> Colours:

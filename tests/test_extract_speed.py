@@ -401,8 +401,11 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[object]]]:
 
 
 @pytest.mark.filterwarnings("default")  # of the compiler's own modules
-def test_a_compiled_teacher_is_one_graph_of_fixed_shapes(tiny_config: MakeConfig, graphs: list[list[object]]) -> None:
-    config = tiny_config(extract={"batch_size": 8, "compile": True})
+@pytest.mark.parametrize("teacher", [{}, {"name": "speed_jobs:plain", "weights": ""}], ids=["timm", "plain"])
+def test_a_compiled_teacher_is_one_graph_of_fixed_shapes(
+    tiny_config: MakeConfig, graphs: list[list[object]], teacher: dict[str, str]
+) -> None:
+    config = tiny_config(teacher=teacher, extract={"batch_size": 8, "compile": True})
     teachers = [load_teacher(config.teacher, nodes=("pooled",), num_classes=10, view_px=32) for _ in range(2)]
     plain = start_teacher(teachers[0], dataclasses.replace(config.extract, compile=False), CPU)
     run = start_teacher(teachers[1], config.extract, CPU)

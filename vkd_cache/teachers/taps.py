@@ -71,6 +71,13 @@ class HookedTap:
         self._model = model
         self._name = name
         self._last = _find_last_linear(model, name, probe)
+        self._input: Tensor | None = None  # of that layer, while the network runs
+        if self._last is not None:
+            # for good: a compiler does not follow a hook that comes and goes, and would leave the network as it is
+            self._last.register_forward_pre_hook(self._keep)
+
+    def _keep(self, _layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._input = args[0]
 
     def classifier(self) -> nn.Module | None:
         return self._last
@@ -79,19 +86,17 @@ class HookedTap:
         if FEATURE_MAP in nodes:
             raise TeacherError(f"{self._name}: has no forward_features, so there is no node 'feature_map'.")
         if POOLED not in nodes:
-            return {LOGITS: _logits(self._model(pixels), self._name)}
+            logits = _logits(self._model(pixels), self._name)
+            self._input = None
+            return {LOGITS: logits}
         if self._last is None:
             raise TeacherError(
                 f"{self._name}: cannot tap 'pooled': no linear layer with one row per image gives its output, and it "
                 "has no forward_features and forward_head(x, pre_logits). Add these, or ask for the node 'logits' only."
             )
-        inputs: list[Tensor] = []
-        handle = self._last.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        try:
-            logits = _logits(self._model(pixels), self._name)
-        finally:
-            handle.remove()
-        return {POOLED: _pooled(inputs[-1], self._name), LOGITS: logits}
+        logits = _logits(self._model(pixels), self._name)
+        pooled, self._input = self._input, None
+        return {POOLED: _pooled(pooled, self._name), LOGITS: logits}
 
 
 def as_feature_map(model: nn.Module, features: Tensor, name: str) -> Tensor:
