@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vkd_cache.errors import ConfigError
-from vkd_cache.optim import cosine_lr, make_ema, parameter_groups
+from vkd_cache.optim import WeightAverage, cosine_lr, parameter_groups
 from vkd_cache.projector import KINDS
 from vkd_cache.students import create_student
 
@@ -73,15 +73,15 @@ def test_rates_rise_then_fall_within_their_bounds(total: int, data: st.DataObjec
 def test_ema_averages_parameters_and_buffers_and_keeps_the_projector_orthonormal() -> None:
     torch.manual_seed(0)
     student = create_student("test_resnet", 4, 20, input_px=32)
-    ema = make_ema(student, 0.75)
-    ema.update_parameters(student)
+    ema = WeightAverage(student, 0.75)
+    ema.update(student)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     output = student(torch.randn(4, 3, 32, 32))
     assert output.projected is not None
     (output.logits.square().sum() + output.projected.sum()).backward()
     optimizer.step()
-    ema.update_parameters(student)
+    ema.update(student)
     averaged = ema.module.state_dict()
     for name, after in student.state_dict().items():
         expected = 0.75 * before[name] + 0.25 * after if after.is_floating_point() else after
@@ -90,4 +90,4 @@ def test_ema_averages_parameters_and_buffers_and_keeps_the_projector_orthonormal
     weight = ema.module.projector.weight.detach()
     assert torch.allclose(weight @ weight.T, torch.eye(20), atol=1e-5)
     with pytest.raises(ConfigError, match="less than 1"):
-        make_ema(student, 1.0)
+        WeightAverage(student, 1.0)

@@ -14,10 +14,10 @@ from reference import recipe
 from safetensors.torch import save_file
 from timm.layers import Format
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from vkd_cache.errors import CheckpointError, ConfigError
 from vkd_cache.losses import VkdLoss
-from vkd_cache.optim import make_ema
 from vkd_cache.projector import KINDS, OrthogonalProjector
 from vkd_cache.students import Student, create_student, load_student_weights, read_torch_file
 from vkd_cache.students.layout import Layout, probe_layout
@@ -293,7 +293,7 @@ def test_misfits_are_refused_by_name() -> None:
 
 def test_the_average_is_taken_when_asked_for() -> None:
     saved, averaged, other = small_student(), small_student(), small_student()
-    ema = make_ema(averaged, 0.5).state_dict()
+    ema = AveragedModel(averaged, use_buffers=True).state_dict()
     load_student_weights(other, {"student": saved.state_dict(), "ema": averaged.state_dict()}, ema=True)
     assert same_network(averaged, other)
     load_student_weights(other, {"student": saved.state_dict(), "ema": ema})

@@ -10,13 +10,13 @@ import torch
 from detection_samples import reference_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from vkd_cache.detection import ViDT, create_vidt
 from vkd_cache.detection.canvas import NODES
 from vkd_cache.detection.checkpoint import load_vidt_weights, vidt_classes
 from vkd_cache.detection.distillation import TokenProjectors
 from vkd_cache.errors import CheckpointError
-from vkd_cache.optim import make_ema
 from vkd_cache.weights import read_weights_file
 
 CLASSES = 7
@@ -56,7 +56,7 @@ FILES: dict[str, Callable[[], Mapping[str, Any]]] = {
         name: value for name, value in net().state_dict().items() if "position_index" not in name
     },
     "a student of ours": lambda: {"student": StudentLike().state_dict()},
-    "an average": lambda: make_ema(net(), 0.9).state_dict(),
+    "an average": lambda: AveragedModel(net(), use_buffers=True).state_dict(),
 }
 
 

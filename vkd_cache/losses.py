@@ -8,6 +8,7 @@ Shapes: B batch, N tokens, C channels, K classes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -80,6 +81,12 @@ FEATURE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of each pos
     "log_sum": _log_sum,
 }
 
+_MEANS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "smooth_l1": F.smooth_l1_loss,
+    "l2": F.mse_loss,
+    "l1": F.l1_loss,
+}
+
 
 def token_distance(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The distance (student (..., C), target (..., C)) -> (...) of that name, of each position.
@@ -102,6 +109,8 @@ def feature_loss(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
         ConfigError: unknown name.
     """
     distance = token_distance(kind)
+    if kind in _MEANS:  # without a value for each position
+        return _MEANS[kind]
     return lambda student, target: distance(student, target).mean()
 
 
@@ -116,9 +125,11 @@ def logit_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
         temperature: > 0.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
-        student = F.log_softmax(full_precision(student_logits) / temperature, dim=-1)
-        teacher = F.log_softmax(full_precision(teacher_logits) / temperature, dim=-1)
-        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+        student, teacher = full_precision(student_logits), full_precision(teacher_logits)
+        if temperature != 1:
+            student, teacher = student / temperature, teacher / temperature
+        log_probs, wanted = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+        return _times(F.kl_div(log_probs, wanted, reduction="batchmean", log_target=True), temperature**2)
 
 
 def mix_targets(
@@ -218,19 +229,31 @@ class VkdLoss:
             ConfigError: an active term lacks its input, or the shapes of the two sides differ.
         """
         terms: dict[str, Tensor] = {}
-        total = _attached_zero(output)
+        weighted: list[Tensor] = []
         if self.task_weight > 0:
             terms["task"] = soft_cross_entropy(output.logits, _given("task", "targets", targets, output.logits))
-            total = total + self.task_weight * terms["task"]
+            weighted.append(_times(terms["task"], self.task_weight))
         if self.feature_weight > 0:
             terms["feature"] = self._feature_term(output.projected, teacher_features)
-            total = total + self.feature_weight * terms["feature"]
+            weighted.append(_times(terms["feature"], self.feature_weight))
+        distilled = output.logits if output.distill_logits is None else output.distill_logits
         if self.logit_weight > 0:
-            student = output.logits if output.distill_logits is None else output.distill_logits
-            teacher = _given("logit", "teacher_logits", teacher_logits, student)
-            terms["logit"] = logit_loss(student, teacher.detach(), self.temperature)
-            total = total + self.logit_weight * terms["logit"]
-        return terms | {"total": total}
+            teacher = _given("logit", "teacher_logits", teacher_logits, distilled)
+            terms["logit"] = logit_loss(distilled, teacher.detach(), self.temperature)
+            weighted.append(_times(terms["logit"], self.logit_weight))
+        weighted += [_attached_zero(part) for part in self._unused(output)]
+        return terms | {"total": functools.reduce(torch.add, weighted)}
+
+    def _unused(self, output: DistillationOutput) -> list[Tensor]:
+        """The outputs that no active term looks at."""
+        distilled = self.logit_weight > 0
+        used = {
+            "logits": self.task_weight > 0 or (distilled and output.distill_logits is None),
+            "distill_logits": distilled,
+            "projected": self.feature_weight > 0,
+        }
+        parts = [(getattr(output, name), looked_at) for name, looked_at in used.items()]
+        return [part for part, looked_at in parts if part is not None and not looked_at]
 
     def _feature_term(self, projected: Tensor | None, teacher_features: Tensor | None) -> Tensor:
         if projected is None:
@@ -249,8 +272,11 @@ def _given(term: str, name: str, value: Tensor | None, like: Tensor) -> Tensor:
     return value
 
 
-def _attached_zero(output: DistillationOutput) -> Tensor:
-    """0 as a function of every output: the sum over an empty slice of each."""
-    parts = (output.logits, output.distill_logits, output.projected)
-    zeros = [full_precision(part[:0]).sum() for part in parts if part is not None]
-    return torch.stack([zero.to(zeros[0].dtype) for zero in zeros]).sum()
+def _times(term: Tensor, weight: float) -> Tensor:
+    """Weighted; a weight of 1 costs nothing."""
+    return term if weight == 1 else term * weight
+
+
+def _attached_zero(part: Tensor) -> Tensor:
+    """0 as a function of an output that no term uses: the sum over an empty slice of it."""
+    return full_precision(part[:0]).sum()

@@ -4,12 +4,13 @@ A newcomer would decay the projector: its parameter is two-dimensional, so the u
 the reference's feature loss at the first step (docs/losses.md). Modules that say `never_decays` are left out.
 """
 
+import copy
+import itertools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from vkd_cache.errors import ConfigError
 
@@ -92,27 +93,54 @@ def cosine_lr(step: int, total_steps: int, base: float, minimum: float = 0.0, wa
     return minimum + 0.5 * (base - minimum) * (1.0 + math.cos(math.pi * progress))
 
 
-def make_ema(model: nn.Module, decay: float) -> AveragedModel:
+class WeightAverage(nn.Module):
     """An exponential moving average of parameters and floating-point buffers; integer buffers are copied.
 
-    `update_parameters(model)` after each optimizer update; the averaged network is `.module`. The first update copies.
+    torch's AveragedModel counts its updates in a tensor and looks at it at every step, which on a GPU is a wait.
 
-    Args:
-        model: not wrapped in DDP or compiled.
-        decay: in [0, 1).
-
-    Raises:
-        ConfigError: decay outside [0, 1).
+    Attributes:
+        module: the averaged network.
+        updates: how many there were; the first one copies.
     """
-    if not 0 <= decay < 1:
-        raise ConfigError(f"train.ema_decay: found {decay}, expected 0 or more and less than 1.")
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """
+        Args:
+            model: not wrapped in DDP or compiled.
+            decay: in [0, 1).
+
+        Raises:
+            ConfigError: decay outside [0, 1).
+        """
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ConfigError(f"train.ema_decay: found {decay}, expected 0 or more and less than 1.")
+        self.module = copy.deepcopy(model)
+        self.updates = 0
+        self._decay = decay
 
     @torch.no_grad()
-    def average(averaged: Any, current: Any, _updates: Any) -> None:
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, 1.0 - decay)
-        else:
-            for mean, value in zip(averaged, current, strict=True):
-                mean.copy_(value)
+    def update(self, model: nn.Module) -> None:
+        """Move towards `model`, after each optimizer update."""
+        averaged, copied = _alike(self.module, model), {}
+        if self.updates == 0:
+            averaged, copied = {}, averaged
+        for dtype, (means, values) in averaged.items():
+            if dtype.is_floating_point:
+                torch._foreach_lerp_(means, values, 1.0 - self._decay)
+            else:
+                copied[dtype] = means, values
+        for means, values in copied.values():
+            torch._foreach_copy_(means, values)
+        self.updates += 1
 
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+
+def _alike(one: nn.Module, other: nn.Module) -> dict[torch.dtype, tuple[list[Tensor], list[Tensor]]]:
+    """Parameters and buffers of both, side by side, by dtype."""
+    found: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    theirs = itertools.chain(other.parameters(), other.buffers())
+    for own, value in zip(itertools.chain(one.parameters(), one.buffers()), theirs, strict=True):
+        pair = found.setdefault(own.dtype, ([], []))
+        pair[0].append(own)
+        pair[1].append(value)
+    return found

@@ -68,6 +68,10 @@ class Tokens:
         """The tensors on `device`, from pinned memory without waiting."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that `to` copies."""
+        return tuple(part for part in (self.values, self.scale, self.total, self.squares) if part is not None)
+
     def pin_memory(self) -> "Tokens":
         """The tensors in pinned memory."""
         return self._mapped(lambda tensor: tensor.pin_memory())

@@ -19,6 +19,7 @@ from vkd_cache.stages.feed import FedBatch
 from vkd_cache.stages.supply import TeacherOutput
 from vkd_cache.stages.transfer import mixed_images
 from vkd_cache.students import Student, StudentOutput, create_student
+from vkd_cache.tokens import to_device
 from vkd_cache.views.blend import normalise
 
 
@@ -100,12 +101,12 @@ class ClassificationTask:
 
     def targets(self, batch: FedBatch) -> Tensor:
         """(b, K) task targets: lambda-weighted, smoothed one-hot labels."""
-        label = batch.rendered.label.to(self._device, non_blocking=True)
+        label = to_device(batch.rendered.label, self._device)
         mix = batch.rendered.mix
         partner, lam = label, torch.ones(len(label), device=self._device)
         if mix is not None:
-            partner = label[torch.from_numpy(mix.partner.astype("int64")).to(self._device, non_blocking=True)]
-            lam = torch.from_numpy(mix.lam).to(self._device, non_blocking=True)
+            partner = label[to_device(torch.from_numpy(mix.partner.astype("int64")), self._device)]
+            lam = to_device(torch.from_numpy(mix.lam), self._device)
         return mix_targets(label, partner, lam, self._num_classes, self._config.loss.smoothing)
 
     def evaluate(

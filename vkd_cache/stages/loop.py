@@ -29,7 +29,7 @@ from vkd_cache.stages.ranks import union
 from vkd_cache.stages.run import Run
 from vkd_cache.stages.standing import LossWindow, Standing
 from vkd_cache.stages.stopping import Stopped, StopSignals
-from vkd_cache.stages.supply import Supply
+from vkd_cache.stages.supply import Supply, nodes_on_device
 from vkd_cache.stages.transfer import ahead_on_device
 
 
@@ -171,7 +171,7 @@ class Loop:
     def _grouped(self, batches: Iterator[FedBatch]) -> Iterator[list[tuple[FedBatch, torch.Tensor]]]:
         """The batches of each optimizer step, with pixels on the device; the last step of an epoch may have fewer."""
         group: list[tuple[FedBatch, torch.Tensor]] = []
-        for batch, pixels in ahead_on_device(batches, self._run.device):
+        for batch, pixels in ahead_on_device(batches, self._run.device, nodes_on_device):
             group.append((batch, pixels))
             if len(group) == self._run.config.train.accumulate or batch.ends_epoch:
                 yield group

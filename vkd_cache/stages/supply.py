@@ -6,6 +6,7 @@ ever builds a teacher; the module that does is imported when a live supply is ma
 Shape legend: b samples, C teacher width, K classes.
 """
 
+import dataclasses
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -59,6 +60,12 @@ class Supply(Protocol):
     def __call__(self, batch: FedBatch, images: Any) -> TeacherOutput:
         """The teacher's outputs for the task's images in [0, 1], mixed, on the device."""
         ...
+
+
+def nodes_on_device(batch: FedBatch, device: torch.device) -> tuple[FedBatch, list[Tensor]]:
+    """The batch with what its cache holds on its way to `device`, and the tensors that are on it."""
+    nodes = {name: values.to(device) for name, values in batch.nodes.items()}
+    return dataclasses.replace(batch, nodes=nodes), [part for values in nodes.values() for part in values.tensors()]
 
 
 class NoTeacher:

@@ -6,13 +6,14 @@ nothing is copied.
 Shape legend: b samples, H/W height and width of a view, or of the batch's largest canvas.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from vkd_cache.tokens import to_device
 from vkd_cache.views.blend import adjust_colour, mix_pixels
 from vkd_cache.views.params import MixPlan
 
@@ -42,31 +43,41 @@ Batch = TypeVar("Batch", bound=HasPixels)
 
 
 def ahead_on_device(
-    batches: Iterable[Batch], device: torch.device
+    batches: Iterable[Batch],
+    device: torch.device,
+    more: Callable[[Batch, torch.device], tuple[Batch, Sequence[torch.Tensor]]] | None = None,
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
-    """Each batch with its (b, H, W, 3) uint8 pixels on `device`, the copy of the next one already under way."""
+    """Each batch with its (b, H, W, 3) uint8 pixels on `device`, the copy of the next one already under way.
+
+    Args:
+        batches: in pinned memory, for a GPU.
+        device: where they go; on a CPU they stay as they are.
+        more: begins to copy what else a batch has, and gives the batch with it, and all tensors that it copied.
+    """
     if device.type != "cuda":
         for batch in batches:
             yield batch, batch.pixels
         return
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    waiting: tuple[Batch, torch.Tensor, torch.cuda.Event] | None = None
+    waiting: tuple[Batch, Sequence[torch.Tensor], torch.cuda.Event] | None = None
     for batch in batches:
         with torch.cuda.stream(stream):
             pixels = batch.pixels.to(device, non_blocking=True)
+            coming, tensors = (batch, ()) if more is None else more(batch, device)
             copied = stream.record_event()
         if waiting is not None:
             yield waiting[0], _arrived(waiting[1], waiting[2])
-        waiting = batch, pixels, copied
+        waiting = coming, [pixels, *tensors], copied
     if waiting is not None:
         yield waiting[0], _arrived(waiting[1], waiting[2])
 
 
-def _arrived(pixels: torch.Tensor, copied: torch.cuda.Event) -> torch.Tensor:
-    current = torch.cuda.current_stream(pixels.device)
+def _arrived(tensors: Sequence[torch.Tensor], copied: torch.cuda.Event) -> torch.Tensor:
+    current = torch.cuda.current_stream(tensors[0].device)
     current.wait_event(copied)
-    pixels.record_stream(current)  # the allocator must not reuse the memory while this stream reads it
-    return pixels
+    for tensor in tensors:
+        tensor.record_stream(current)  # the allocator must not reuse the memory while this stream reads it
+    return tensors[0]
 
 
 def mixed_images(pixels: torch.Tensor, mix: MixPlan | None, colour: torch.Tensor | None = None) -> torch.Tensor:
@@ -80,7 +91,7 @@ def mixed_images(pixels: torch.Tensor, mix: MixPlan | None, colour: torch.Tensor
     mixed = mix is not None and bool(np.any(mix.kind))
     planes = pixels.permute(0, 3, 1, 2)
     if colour is not None:
-        images = _coloured(planes, colour.to(pixels.device, non_blocking=True))
+        images = _coloured(planes, to_device(colour, pixels.device))
     elif mixed:
         images = planes.to(torch.float32).div_(255.0)
     else:
@@ -90,10 +101,10 @@ def mixed_images(pixels: torch.Tensor, mix: MixPlan | None, colour: torch.Tensor
     device = pixels.device
     return mix_pixels(
         images,
-        torch.from_numpy(mix.partner.astype(np.int64)).to(device, non_blocking=True),
-        torch.from_numpy(mix.kind.astype(np.int64)).to(device, non_blocking=True),
-        torch.from_numpy(mix.lam).to(device, non_blocking=True),
-        torch.from_numpy(mix.box.astype(np.int64)).to(device, non_blocking=True),
+        to_device(torch.from_numpy(mix.partner.astype(np.int64)), device),
+        to_device(torch.from_numpy(mix.kind.astype(np.int64)), device),
+        to_device(torch.from_numpy(mix.lam), device),
+        to_device(torch.from_numpy(mix.box.astype(np.int64)), device),
     )
 
 
