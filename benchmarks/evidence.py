@@ -12,9 +12,11 @@ together (`pairs.py`); a verdict "within noise" says that this experiment cannot
 import argparse
 import contextlib
 import dataclasses
+import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fashion_runs import FashionRuns, Setting, Variant
 from harness import Report, parse, parser, require, scratch_folder
@@ -113,7 +115,7 @@ def chosen(only: str) -> dict[str, Variant]:
 def campaign(runs: FashionRuns, variants: Mapping[str, Variant], seeds: int, report: Report) -> Table:
     """Train every variant with every seed; the report gets accuracies and what is known of caches."""
     report.facts["teacher, top-1"] = runs.teacher()["top1"]
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     with console.track("evidence", seeds * len(variants), "students") as progress:
         for seed in range(seeds):
             for name, variant in variants.items():
@@ -123,14 +125,17 @@ def campaign(runs: FashionRuns, variants: Mapping[str, Variant], seeds: int, rep
     top1 = {name: [result["top1"] for result in found] for name, found in results.items()}
     report.measure("top-1, %", top1)
     notes = {name: _note(runs, variant, results[name]) for name, variant in variants.items()}
-    report.facts |= {f"{name}: {note}": "" for name, note in notes.items() if note}
-    report.facts["optimizer steps of a student"] = max(found[0]["steps"] for found in results.values())
+    report.facts |= {f"stored, {name}": note for name, note in notes.items() if note}
+    everything = [result for found in results.values() for result in found]
+    report.facts["optimizer steps of a student"] = max(result["steps"] for result in everything)
+    report.facts["CPU seconds of a student, mean"] = statistics.mean(result["cpu_s"] for result in everything)
+    report.facts["commits of the runs"] = ", ".join(sorted({result["commit"][:7] for result in everything}))
     table = Table(top1, [pair for pair in PAIRS if {pair.variant, pair.baseline} <= set(top1)], notes)
     report.facts["noise of a difference, points"] = table.noise
     return table
 
 
-def _note(runs: FashionRuns, variant: Variant, results: list[dict[str, float]]) -> str:
+def _note(runs: FashionRuns, variant: Variant, results: list[dict[str, Any]]) -> str:
     """What is worth knowing of a variant besides its accuracy."""
     if variant.killed:
         return f"norm of the projector after training: {max(result['projector_norm'] for result in results):g}"

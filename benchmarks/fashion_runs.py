@@ -96,7 +96,7 @@ class Variant:
 
 
 class FashionRuns:
-    """Everything below one folder.
+    """Everything below one folder, for one process at a time.
 
     Args:
         folder: where it is kept.
@@ -139,8 +139,9 @@ class FashionRuns:
         return result
 
     def student(self, variant: Variant, seed: int) -> dict[str, Any]:
-        """Result of one student: `top1` on the test images, percent, `steps`, `seconds`, and of its projector
-        `projector_norm` and `orthonormality_error`."""
+        """Result of one student: `top1` on the test images, percent, `steps`, `seconds`, `cpu_s`, and of its projector
+        `projector_norm` and `orthonormality_error`.
+        """
         setting = self._setting
         config = self._config(setting.learnt, setting.student, seed)
         config["train"] |= _schedule(setting.epochs, setting.lr, setting.batch_size)
