@@ -90,14 +90,20 @@ def join_rows(parts: Sequence[tuple[StoredRows, Places]], count: int) -> StoredR
     unit = torch.empty(count, dtype=torch.int64)
     before, scales = 0, []
     for part, position in parts:
-        where = torch.from_numpy(position)
-        values[where] = part.values
+        _put(values, position, part.values)
         if scale is not None and part.scale is not None:
-            scale[where] = part.scale
+            _put(scale, position, part.scale)
         elif part.scale is not None:
-            unit[where] = before if part.unit is None else part.unit + before
+            unit[torch.from_numpy(position)] = before if part.unit is None else part.unit + before
             before += len(part.scale)
             scales.append(part.scale)
     if not scales:
         return StoredRows(values=values, scale=scale)
     return StoredRows(values=values, scale=torch.cat(scales), unit=unit if before > 1 else None)
+
+
+def _put(target: Tensor, position: Places, rows: Tensor) -> None:
+    """By numpy: torch would share kilobytes out among its threads, which data workers keep from the cores, and wait."""
+    if target.dtype == torch.bfloat16:  # numpy has none
+        target, rows = target.view(torch.int16), rows.view(torch.int16)
+    target.numpy()[position] = rows.numpy()
