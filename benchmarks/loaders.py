@@ -81,7 +81,7 @@ Loader = Callable[[Job, Share], Batches]
 
 
 def make_files(job: Job, *, images: int, shard_size: int, tars: int) -> dict[str, str]:
-    """Make the files of every kind: photographs, caches of them, tars, chunks.
+    """Make the files of every kind: photographs, caches of them, tars, chunks; without tars no chunks either.
 
     Returns:
         What can be said of each library that takes part; of litdata also when it does not.
@@ -91,6 +91,8 @@ def make_files(job: Job, *, images: int, shard_size: int, tars: int) -> dict[str
     form = data.Form(width=job.width, dtype=job.dtype, backend="zarr")
     for name in RECIPES:
         data.make_cache(str(job.folder / f"cache-{name}"), source, recipe_of(job, name), form, workers=2)
+    if not tars:
+        return {}
     (job.folder / "tars").mkdir()
     files = sorted((job.folder / "photos").rglob("*.jpg"))
     for number in range(tars):

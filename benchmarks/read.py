@@ -36,13 +36,13 @@ IMAGENET_CLASSES = 1000
 def main() -> int:
     """Run the benchmark."""
     made = parser("The training feed with cache join against images only; CPU time and bytes per view.", repetitions=5)
-    made.add_argument("--images", type=int, default=512, help="JPEG files of 500x375")
-    made.add_argument("--shard-size", type=int, default=128, help="images per unit")
+    made.add_argument("--images", type=int, default=1024, help="JPEG files of 500x375")
+    made.add_argument("--shard-size", type=int, default=256, help="images per unit")
     made.add_argument("--size-px", type=int, default=224, help="side of a view")
     made.add_argument("--recipes", nargs="+", default=["vkd", "fast"], choices=sorted(RECIPES), help="of the feed")
     made.add_argument("--batch-size", type=int, default=32, help="of the feed")
     made.add_argument("--workers", type=int, default=2, help="processes that render")
-    made.add_argument("--epochs", type=int, default=2, help="passes over the images per repetition")
+    made.add_argument("--epochs", type=int, default=1, help="passes over the images per repetition")
     made.add_argument("--width", type=int, default=3024, help="channels of the cached node")
     made.add_argument("--dtype", default="uint8", choices=sorted(data.CODECS), help="stored type of the feed's cache")
     made.add_argument("--backend", default="zarr", choices=("zarr", "webdataset"), help="of the feed's cache")

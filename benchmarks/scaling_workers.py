@@ -24,7 +24,7 @@ from vkd_cache.runtime import num_cores
 from vkd_cache.stages.worker_pool import PRELOADED
 
 TINY = {
-    "images": 96, "shard_size": 12, "size_px": 32, "batch_size": 4, "workers": 1, "repetitions": 1, "epochs": 1,
+    "images": 48, "shard_size": 12, "size_px": 32, "batch_size": 2, "workers": 1, "repetitions": 1, "epochs": 1,
     "width": 96, "kinds": ["fast with cache"],
 }  # fmt: skip
 PROCESSES = 2
