@@ -68,7 +68,7 @@ class Stage:
         # float images on the device, mixed: the teacher alone has nothing to do but its forward
         device = self.run.device
         self._images = [
-            mixed_images(batch.pixels.to(device), batch.mix, getattr(batch, "colour", None))
+            mixed_images(batch.pixels.to(device), batch.mix, batch.colour)
             for batch in self._rendered()
         ]
         self.run(self._images[0])

@@ -8,7 +8,10 @@ import os
 import re
 from pathlib import Path
 
-_SAID_BY_TORCH = ("DefaultCPUAllocator", "bad_alloc", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+_SAID_BY_TORCH = (
+    "DefaultCPUAllocator", "bad_alloc", "out of memory. Tried to allocate", "CUDA error: out of memory",
+    "_STATUS_ALLOC_FAILED", "Unable to find a valid cuDNN algorithm", "unable to find an engine to execute",
+)  # fmt: skip
 _CGROUP = Path("/sys/fs/cgroup")
 
 

@@ -116,6 +116,8 @@ def try_sizes(run: TeacherRun, source: Source, recipe: Recipe) -> tuple[int, lis
 
     first = FIRST_OF_A_DETECTOR if is_detection(source) else FIRST
     size, trials = search(attempt, first, LARGEST_ON_CPU if run.device.type == "cpu" else LARGEST)
+    if run.compiled:
+        torch.compiler.reset()  # of the graphs one is wanted, and torch runs what comes after a number of them as it is
     for line in _table(trials, size):
         console.say(line)
     return size, trials
