@@ -126,7 +126,17 @@ def decode_pixels(data: bytes, *, oriented: bool = True) -> Pixels:
             pass
         else:
             return pixels
-    return np.array(decode_image(data, oriented=oriented))
+    return _as_array(decode_image(data, oriented=oriented))
+
+
+def _as_array(image: Image.Image) -> Pixels:
+    """A copy of the pixels of an RGB image, in strips: Pillow itself would make two."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _STRIP_PX // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        pixels[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
+    return pixels
 
 
 def _open(data: bytes) -> tuple[str, ImageFile.ImageFile]:
