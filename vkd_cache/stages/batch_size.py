@@ -7,7 +7,7 @@ Shape legend: b samples of a batch, H/W pixels.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -112,14 +112,16 @@ def try_sizes(run: TeacherRun, source: Source, recipe: Recipe) -> tuple[int, lis
             torch.cuda.empty_cache()
         if found is not None:
             seen.append(found)
-        return Trial(batch_size=size, measured=found, filled=_filled(source, size))
+        trial = Trial(batch_size=size, measured=found, filled=_filled(source, size))
+        console.say(_row(trial))  # now: with compile, the next one may take a minute
+        return trial
 
+    console.say("extract: batch size  images/s  memory")
     first = FIRST_OF_A_DETECTOR if is_detection(source) else FIRST
     size, trials = search(attempt, first, LARGEST_ON_CPU if run.device.type == "cpu" else LARGEST)
     if run.compiled:
         torch.compiler.reset()  # of the graphs one is wanted, and torch runs what comes after a number of them as it is
-    for line in _table(trials, size):
-        console.say(line)
+    console.say(f"extract: batches of {size}: the fastest, or nearly, that fit")
     return size, trials
 
 
@@ -130,17 +132,12 @@ def _filled(source: Source, size: int) -> float:
     return float(counts.sum() / max(1, (-(-counts // size) * size).sum()))
 
 
-def _table(trials: Sequence[Trial], chosen: int) -> list[str]:
-    lines = ["extract: batch size  images/s  memory"]
-    for trial in sorted(trials, key=lambda trial: trial.batch_size):
-        mark = "  <- used" if trial.batch_size == chosen else ""
-        if trial.measured is None:
-            lines.append(f"extract: {trial.batch_size:10d}         -  too little")
-            continue
-        memory = f"{trial.measured.memory_bytes / 2**30:.2f} GiB"
-        padded = "" if trial.filled > 0.995 else f"  ({100 * (1 - trial.filled):.0f}% of its rows are padding)"
-        lines.append(f"extract: {trial.batch_size:10d}  {trial.rate:8.4g}  {memory}{padded}{mark}")
-    return lines
+def _row(trial: Trial) -> str:
+    if trial.measured is None:
+        return f"extract: {trial.batch_size:10d}         -  too little"
+    padded = "" if trial.filled > 0.995 else f"  ({100 * (1 - trial.filled):.0f}% of its rows are padding)"
+    memory = f"{trial.measured.memory_bytes / 2**30:.2f} GiB"
+    return f"extract: {trial.batch_size:10d}  {trial.rate:8.4g}  {memory}{padded}"
 
 
 def batch_size_of_cache(manifest: Manifest) -> int | None:
