@@ -17,7 +17,7 @@ import pytest
 from conftest import PRELOAD
 from extract_jobs import contents
 from train_runs import pipeline
-from worker_jobs import answer, failing, leave_open, pool_of, processes, unlike_the_others
+from worker_jobs import answer, failing, leave_open, pool_of, processes, total, unlike_the_others
 
 from vkd_cache import cli
 from vkd_cache.config import Config
@@ -132,6 +132,18 @@ def test_killed_at_any_moment(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("beside", "delay_s"), [(False, 0.0), (True, 0.001), (False, 0.005)])
+def test_killed_while_it_is_sent_large_tasks(beside: bool, delay_s: float) -> None:
+    def take_for_ever() -> None:
+        with pool_of(total, 2, beside=beside) as pool:
+            for number, _ in enumerate(pool.results(np.zeros(10**6, np.uint8) for _ in itertools.count())):
+                if number == 3:
+                    threading.Timer(delay_s, os.kill, (processes(pool)[1], signal.SIGKILL)).start()
+
+    error = bounded(take_for_ever)
+    assert str(error).startswith("digits: a data worker process died (SIGKILL)"), repr(error)
+
+
 def test_killed_while_it_starts() -> None:
     """The server is stopped, so that the start is half done when it is killed; the next one starts another server."""
     with pool_of(answer, 1) as pool:
@@ -160,9 +172,11 @@ def test_a_killed_server_is_no_loss(beside: bool) -> None:
         results = pool.results(itertools.repeat(SIZES[1]))
         next(results)
         pids = processes(pool)
-        os.kill(server_pid(), signal.SIGKILL)
+        server = server_pid()
+        os.kill(server, signal.SIGKILL)
         for _ in range(6):
             next(results)
+        wait_until(lambda: gone(server))
         os.kill(pids[0], signal.SIGKILL)
         error = bounded(lambda: list(results))
     assert str(error).startswith("digits: a data worker process died (cause unknown). If it happens again: use fewer")

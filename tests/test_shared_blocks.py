@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worker_jobs import arrays_of, failing_with_a_block, pool_of
+from worker_jobs import arrays_of, failing_with_a_block, pool_of, total
 
 from vkd_cache.errors import SourceError
 from vkd_cache.stages.shared_blocks import LARGE_BYTES, BorrowedBlocks, LendingBlocks, private_empty
@@ -105,7 +105,7 @@ def test_blocks_are_used_again() -> None:
     with pool_of(arrays_of, 1) as pool:
         for found in pool.results((number, 100_000) for number in range(30)):
             del found
-        assert len(pool._workers[0]._blocks._blocks) <= 4 * (TASKS_AHEAD + 2)  # four large arrays a result
+        assert len(pool._workers[0]._borrowed._blocks) <= 4 * (TASKS_AHEAD + 2)  # four large arrays a result
 
 
 def test_a_result_that_cannot_travel_costs_no_block() -> None:
@@ -119,6 +119,17 @@ def test_a_result_that_cannot_travel_costs_no_block() -> None:
         results = pool.results([1, 2])
         with pytest.raises(ValueError, match="number 1"):
             next(results)
+
+
+def test_large_tasks_travel_in_blocks_that_are_used_again() -> None:
+    """Whatever is still on its way is not written over; the thread that pins results hears of blocks, too."""
+    for beside in (False, True):
+        with pool_of(total, 2, beside=beside) as pool:
+            tasks = (np.full(LARGE_BYTES + number, number % 200, np.uint8) for number in range(40))
+            expected = [(LARGE_BYTES + number) * (number % 200) for number in range(40)]
+            assert list(pool.results(tasks)) == expected
+            for worker in pool._workers:
+                assert next(worker._lending._numbers) <= TASKS_AHEAD + 2
 
 
 def open_descriptors() -> int:

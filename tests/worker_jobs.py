@@ -35,6 +35,12 @@ def arrays_of(task: tuple[int, int], empty: Empty) -> dict[str, npt.NDArray[np.i
     }  # fmt: skip
 
 
+def total(task: npt.NDArray[np.uint8], _: Empty) -> int:
+    """Sums what it is sent, when others may have been sent meanwhile."""
+    time.sleep(0.001)
+    return int(task.sum(dtype=np.int64))
+
+
 def unlike_the_others(task: int, _: Empty) -> int:
     time.sleep(0.02 if task % 3 == 0 else 0)
     return -task

@@ -1,10 +1,10 @@
-"""Large arrays from a worker process to the main one, through memory that both have mapped and that is used again.
+"""Large arrays between the main process and a worker, through memory that both have mapped and that is used again.
 
-The main process maps a block once; from then on a batch of 77 MB costs neither a copy nor a page fault in either
-process. Everything else in a result, and every array below LARGE_BYTES, travels in the message.
+Each side lends the other its blocks. A block is mapped once; from then on a batch of 77 MB costs neither a copy nor a
+page fault in either process. All else in a result or a task, and every array below LARGE_BYTES, is in the message.
 
 A newcomer's trap: a block is lent together with the array in it. It comes back, and is written to again, once nothing
-in the main process refers to that array or to a tensor made of it; whoever keeps results keeps their blocks.
+on the other side refers to that array or to a tensor made of it; whoever keeps results keeps their blocks.
 """
 
 import io
@@ -38,10 +38,10 @@ def private_empty(shape: tuple[int, ...]) -> Pixels:
 
 
 class Parcel(NamedTuple):
-    """A result under way.
+    """A result or a task under way.
 
     Attributes:
-        made: (number, bytes) of blocks that the main process does not know yet; their descriptors are sent separately.
+        made: (number, bytes) of blocks that the other side does not know yet; their descriptors are sent separately.
         dropped: numbers of blocks that are no more.
         lent: (number, bytes used) of the block of every large array, in the order of the message.
     """
@@ -49,6 +49,14 @@ class Parcel(NamedTuple):
     made: Sequence[tuple[int, int]]
     dropped: Sequence[int]
     lent: Sequence[tuple[int, int]]
+
+
+class Packed(NamedTuple):
+    """What is sent: a parcel, descriptors of its new blocks (to be closed by whoever sends them), and the message."""
+
+    parcel: Parcel
+    descriptors: Sequence[int]
+    message: bytes
 
 
 class _Block(NamedTuple):
@@ -61,14 +69,14 @@ class _Block(NamedTuple):
 
 
 class LendingBlocks:
-    """A worker's blocks."""
+    """The blocks of one side, from which what it sends is taken."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
         self._away: dict[int, _Block] = {}
         self._free: list[_Block] = []
         self._taken: list[_Block] = []  # for the result that is being worked on
-        self._made: dict[int, int] = {}  # descriptors of blocks that the main process does not know yet
+        self._made: dict[int, int] = {}  # descriptors of blocks that the other side does not know yet
         self._dropped: list[int] = []
 
     def empty(self, shape: tuple[int, ...]) -> Pixels:
@@ -83,11 +91,11 @@ class LendingBlocks:
         return self._take(num_bytes).data[:num_bytes].reshape(shape)
 
     def returned(self, numbers: Iterable[int]) -> None:
-        """Blocks that nothing in the main process refers to any more."""
+        """Blocks that nothing on the other side refers to any more."""
         self._free.extend(self._away.pop(number) for number in numbers)
 
-    def pack(self, result: Any) -> tuple[Parcel, list[int], bytes]:
-        """A result as what is sent: the parcel, descriptors of its new blocks (to be closed), and the message."""
+    def pack(self, result: Any) -> Packed:
+        """A result as what is sent."""
         lent: list[tuple[int, int]] = []
 
         def in_message(buffer: PickleBuffer) -> bool:
@@ -116,7 +124,7 @@ class LendingBlocks:
         descriptors = [self._made.pop(number) for number, _ in made]
         parcel = Parcel(made, tuple(self._dropped), lent)
         self._dropped.clear()
-        return parcel, descriptors, message.getvalue()
+        return Packed(parcel, descriptors, message.getvalue())
 
     def _take(self, num_bytes: int) -> _Block:
         self._free.sort(key=lambda block: block.data.nbytes)
@@ -153,7 +161,7 @@ class LendingBlocks:
 
 
 class BorrowedBlocks:
-    """The main process' side of one worker's blocks."""
+    """The other side's blocks, as far as they are known here."""
 
     def __init__(self) -> None:
         self._blocks: dict[int, mmap.mmap] = {}
@@ -181,11 +189,13 @@ class BorrowedBlocks:
         return borrowed
 
     def returned(self) -> list[int]:
-        """Blocks that nothing here refers to any more, since the last call: to be sent to the worker."""
-        numbers: list[int] = []
-        while self._back:
-            numbers.append(self._back.popleft())
-        return numbers
+        """Blocks that nothing here refers to any more, since the last call: word to be sent to the other side."""
+        return drained(self._back)
+
+
+def drained(numbers: deque[int]) -> list[int]:
+    """What is in the queue, which others fill meanwhile; taken out of it."""
+    return [numbers.popleft() for _ in range(len(numbers))]
 
 
 class _Packer(ForkingPickler):

@@ -28,7 +28,7 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar
 import torch
 
 from vkd_cache.errors import SourceError
-from vkd_cache.stages.shared_blocks import BorrowedBlocks, Empty, LendingBlocks, Parcel
+from vkd_cache.stages.shared_blocks import BorrowedBlocks, Empty, LendingBlocks, Packed, Parcel, drained
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -50,7 +50,8 @@ class _Worker:
 
     def __init__(self, work: Callable[[Any, Empty], Any], name: str) -> None:
         self._name = name
-        self._blocks = BorrowedBlocks()
+        self._lending, self._borrowed = LendingBlocks(), BorrowedBlocks()
+        self._back: deque[int] = deque()  # blocks of tasks, which the thread that receives results hears of
         self._waiting = threading.Lock()  # two threads that wait for one process get its exit code wrong
         context = multiprocessing.get_context("forkserver")
         self._line, its_end = context.Pipe()
@@ -68,8 +69,10 @@ class _Worker:
 
     def send(self, task: object) -> None:
         """Give it a task; it takes tasks at any time, so this does not wait for results."""
+        self._lending.returned(drained(self._back))
+        packed = self._lending.pack(task)
         try:
-            self._line.send((self._blocks.returned(), task))
+            _send(self._line, self._borrowed.returned(), packed)
         except ConnectionError as error:
             raise self._death() from error
 
@@ -81,7 +84,8 @@ class _Worker:
             Exception: what its work raised.
         """
         try:
-            result = self._received()
+            returned, result = _received(self._line, self._borrowed)
+            self._back.extend(returned)
         except EOFError as error:
             raise self._death() from error
         except Exception as error:
@@ -92,11 +96,6 @@ class _Worker:
             result.error.add_note(f"In a data worker process:\n{result.trace}")
             raise result.error
         return result
-
-    def _received(self) -> Any:
-        parcel: Parcel = self._line.recv()
-        descriptors = [recv_handle(self._line) for _ in parcel.made]
-        return self._blocks.unpack(parcel, descriptors, self._line.recv_bytes())
 
     def _has_ended(self) -> bool:
         with self._waiting:
@@ -119,6 +118,26 @@ class _Worker:
             self.process.kill()
         if self._has_ended():
             self.process.close()
+
+
+def _send(line: Connection, returned: list[int], packed: Packed) -> None:
+    """Send what was packed, and word of blocks that are not used here any more; see `_received`."""
+    parcel, descriptors, message = packed
+    try:
+        line.send((returned, parcel))
+        for descriptor in descriptors:
+            send_handle(line, descriptor, None)
+        line.send_bytes(message)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _received(line: Connection, blocks: BorrowedBlocks) -> tuple[list[int], Any]:
+    """Word of own blocks that the other side does not use any more, and what it has sent."""
+    returned, parcel = line.recv()
+    descriptors = [recv_handle(line) for _ in parcel.made]
+    return returned, blocks.unpack(parcel, descriptors, line.recv_bytes())
 
 
 _WHAT_TO_DO = "What is saved is intact: run the same command again to continue (train: with --resume auto)."
@@ -220,24 +239,21 @@ def _work(work: Callable[[Any, Empty], Any], line: Connection) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # or the collector writes to the pages that are shared with the server: a copy of 44 MiB a worker
     tasks: queue.SimpleQueue[tuple[list[int], Any]] = queue.SimpleQueue()
-    for target, arguments in ((_take_tasks, (line, tasks)), (_exit_when_told, ())):
+    lending, borrowed = LendingBlocks(), BorrowedBlocks()
+    for target, arguments in ((_take_tasks, (line, borrowed, tasks)), (_exit_when_told, ())):
         threading.Thread(target=target, args=arguments, daemon=True, name=target.__name__).start()
-    blocks = LendingBlocks()
     while True:
         returned, task = tasks.get()
-        blocks.returned(returned)
-        parcel, descriptors, message = _answer(work, task, blocks)
+        lending.returned(returned)
+        packed = _answer(work, task, lending)
+        del task  # and with it goes its block
         try:
-            line.send(parcel)
-            for descriptor in descriptors:
-                send_handle(line, descriptor, None)
-                os.close(descriptor)
-            line.send_bytes(message)
+            _send(line, borrowed.returned(), packed)
         except ConnectionError:
             os._exit(0)
 
 
-def _answer(work: Callable[[Any, Empty], Any], task: object, blocks: LendingBlocks) -> tuple[Parcel, list[int], bytes]:
+def _answer(work: Callable[[Any, Empty], Any], task: object, blocks: LendingBlocks) -> Packed:
     """The message with the result of `task`, or with what went wrong."""
     try:
         return blocks.pack(work(task, blocks.empty))
@@ -245,17 +261,19 @@ def _answer(work: Callable[[Any, Empty], Any], task: object, blocks: LendingBloc
         trace = traceback.format_exc()
         try:
             packed = blocks.pack(_Failure(error, trace))
-            BorrowedBlocks().unpack(Parcel((), (), ()), (), packed[2])
+            BorrowedBlocks().unpack(Parcel((), (), ()), (), packed.message)
         except Exception:  # noqa: BLE001 - an error that cannot travel; what it says does
             packed = blocks.pack(_Failure(RuntimeError(f"{type(error).__name__}: {error}"), trace))
         return packed
 
 
-def _take_tasks(line: Connection, tasks: "queue.SimpleQueue[tuple[list[int], Any]]") -> None:
+def _take_tasks(
+    line: Connection, blocks: BorrowedBlocks, tasks: "queue.SimpleQueue[tuple[list[int], Any]]"
+) -> None:
     """Take tasks as they come, so that the main process never waits to get rid of one; leave when there are no more."""
     try:
         while True:
-            tasks.put(line.recv())
+            tasks.put(_received(line, blocks))
     except (OSError, EOFError):  # the main process has hung up, or is gone
         os._exit(0)
     except Exception:  # noqa: BLE001 - whatever it is: a worker that takes no tasks would be waited for
