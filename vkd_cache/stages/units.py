@@ -116,7 +116,7 @@ class UnitAssembly:
         self._rows.append(batch.row)
         self._ok.append(batch.ok)
         self._columns.append(batch.columns | _mix_columns(batch))
-        self._pixels += [batch.stored] if batch.stored is not None else []
+        self._pixels += [batch.stored.copy()] if batch.stored is not None else []
         self._broken += [
             (self._shard.keys[row], row, reason)
             for row, reason in ((int(batch.row[position]), reason) for position, reason in batch.broken)
