@@ -33,9 +33,9 @@ def main() -> int:
     """Run the benchmark."""
     made = parser("Extraction against the teacher's forward alone; publishing and reading units.", repetitions=3)
     made.add_argument("--teacher", default="regnety_016", help="timm model, at random weights")
-    made.add_argument("--images", type=int, default=384, help="JPEG files of 500x375")
+    made.add_argument("--images", type=int, default=320, help="JPEG files of 500x375")
     made.add_argument("--views", type=int, default=1, help="views of each")
-    made.add_argument("--shard-size", type=int, default=128, help="images per unit")
+    made.add_argument("--shard-size", type=int, default=160, help="images per unit")
     made.add_argument("--size-px", type=int, default=224, help="side of a view")
     made.add_argument("--recipe", default="vkd", choices=sorted(RECIPES), help="view recipe")
     made.add_argument("--batch-size", type=size, default=16, metavar="N|auto", help="of the teacher")
