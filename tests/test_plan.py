@@ -20,7 +20,7 @@ from detection_jobs import write_detector
 from detection_runs import config_builder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_jobs import answers, dies, fails
+from plan_jobs import answers, dies, fails, leaves
 from train_runs import pipeline, run_cli
 
 from vkd_cache.cache.reader import open_cache
@@ -358,5 +358,5 @@ def test_work_in_its_own_process() -> None:
         in_own_process(fails, RuntimeError("DefaultCPUAllocator: can't allocate memory"), "work")
     with pytest.raises(MemoryError, match="killed"):
         in_own_process(dies, int(signal.SIGKILL), "work")
-    with pytest.raises(VkdCacheError, match="exit code"):
-        in_own_process(dies, int(signal.SIGTERM), "work")
+    with pytest.raises(VkdCacheError, match="exit code 3"):
+        in_own_process(leaves, 3, "work")

@@ -21,27 +21,20 @@ from vkd_cache.cache.units import UnitId
 from vkd_cache.cache.writer import CacheWriter, check_same, create_cache
 from vkd_cache.config import Config
 from vkd_cache.errors import SourceError
-from vkd_cache.runtime import num_cores
 from vkd_cache.sources import Source, source_identity
-from vkd_cache.stages.batch_size import batch_size_of_cache, try_sizes
 from vkd_cache.stages.extract_checks import nodes_to_store
 from vkd_cache.stages.extract_job import ExtractJob
 from vkd_cache.stages.extract_plan import ExtractPlan
 from vkd_cache.stages.extract_size import view_bytes
-from vkd_cache.stages.planning_process import Memory, wait_for
+from vkd_cache.stages.planning_process import Memory
 from vkd_cache.stages.planning_sample import Place, part_of, sampled_places
 from vkd_cache.stages.planning_sizes import UnitSize, unit_sizes
+from vkd_cache.stages.planning_speed import MIN_BATCHES, Speed, fitting, with_batch_size
 from vkd_cache.stages.ranks import take_device
-from vkd_cache.stages.rendering import Renderer
-from vkd_cache.stages.stored_pixels import StoredPixels
-from vkd_cache.stages.teaching import TeacherRun, start_teacher
-from vkd_cache.stages.transfer import ahead_on_device, model_input
-from vkd_cache.stages.units import unit_tasks
+from vkd_cache.stages.teaching import TeacherRun, memory_told, start_teacher
 from vkd_cache.teachers import load_teacher
-from vkd_cache.views.recipe import Recipe, make_recipe
+from vkd_cache.views.recipe import make_recipe
 
-FIRST_BATCH = 8  # samples of the batch by which it is decided what can be measured in the time
-MIN_BATCHES = 6  # that are measured, if a batch can be made as small as that takes
 _UNITS = 12  # of the sample, about: the rate is taken between two of them
 
 
@@ -125,41 +118,86 @@ class _ClockedWriter(CacheWriter):
         return record
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Speed:
-    """Of one batch by itself: seconds of a view in the teacher and in one process that renders, and of its start."""
-
-    teacher_s: float
-    render_s: float
-    warmup_s: float
-
-    def view_s(self, config: Config, on_gpu: bool) -> float:
-        """About how long a view takes when both are at work."""
-        workers = config.extract.workers
-        if not workers:
-            return self.teacher_s + self.render_s
-        if on_gpu:
-            return max(self.teacher_s, self.render_s / min(workers, num_cores()))
-        return self.teacher_s + self.render_s / num_cores()
-
-
 def measure_extraction(request: ExtractRequest, started: float) -> ExtractFound:
     """Extract a sample; in a process of its own, `started` at that moment.
 
     Raises:
         VkdCacheError: as an extraction would.
     """
+    begin = _begin(request)
+    run, source, device = begin.run, request.source, begin.run.device
+    began = time.monotonic()
+    places, clock, cache = _extract_sample(request, begin)
+    view_s, spread, count = _rate([(began, 0), *clock], begin.tail)
+    first_at, first_views = clock[0]
+    filling_s = max(0.0, first_at - began - first_views * view_s)
+    memory, specs = Memory(device), cache.manifest.nodes
+    more = begin.batch_size / run.batch_size - 1
+    return ExtractFound(
+        view_s=view_s,
+        spread=spread,
+        views=count,
+        teacher_s=begin.speed.teacher_s,
+        render_s=begin.speed.render_s,
+        start_s=began - started - begin.aside_s + begin.speed.warmup_s + filling_s,
+        batch_size=begin.batch_size,
+        measured_batch_size=run.batch_size,
+        device=str(device),
+        host_bytes=round(memory.host_bytes + more * (memory.host_bytes - begin.host_bytes)),
+        gpu_bytes=memory.gpu_bytes,
+        places=tuple(places),
+        units=unit_sizes(cache, len(places), len(source.shards[0].keys)),
+        nodes={spec.name: spec.codec for spec in specs},
+        tokens_per_view=view_bytes(
+            [spec for spec in specs if spec.layout == "tokens"],
+            source,
+            make_recipe(request.config.views),
+            request.config.views.seed,
+            run.teacher,
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Begin:
+    """An extraction before its first unit.
+
+    Attributes:
+        run: the teacher, with batches that can be measured.
+        batch_size: of the batches that an extraction would have.
+        speed: of one batch.
+        manifest: of the cache that would be written.
+        aside_s: seconds that went into finding out the speed, which an extraction does not.
+        host_bytes: peak memory before any batch.
+        per_unit: batches of a unit of the sample.
+        num_units: of the sample, about.
+        tail: units at the end of the sample that do not count: nothing is rendered any more meanwhile.
+    """
+
+    run: TeacherRun
+    batch_size: int
+    speed: Speed
+    manifest: Manifest
+    aside_s: float
+    host_bytes: int
+    per_unit: int
+    num_units: int
+    tail: int
+
+
+def _begin(request: ExtractRequest) -> _Begin:
+    """Do what an extraction does before its first unit, and find out what can be measured in the time."""
     config, source = request.config, request.source
     recipe = make_recipe(config.views)
     device = take_device(config.extract.device)
     nodes = nodes_to_store(config.cache, source)
     teacher = load_teacher(config.teacher, nodes=nodes, num_classes=source.num_classes, view_px=recipe.size_px)
-    run = start_teacher(teacher, config.extract, device)
     existing = find_cache(config.cache.url) if config.cache.url else None
-    run = _with_batch_size(run, existing, source, recipe)
-    full, base = run.batch_size, Memory(device)
+    run = with_batch_size(start_teacher(teacher, config.extract, device), existing, source, recipe)
+    batch_size, memory = run.batch_size, Memory(device)
     begun = time.monotonic()
-    run, speed = _fitting(run, config, source, request.seconds)
+    with memory_told(run):
+        run, speed = fitting(run, config, source, request.seconds)
     aside_s = time.monotonic() - begun
 
     where = dataclasses.replace(config.cache, url=config.cache.url or request.folder)
@@ -167,96 +205,49 @@ def measure_extraction(request: ExtractRequest, started: float) -> ExtractFound:
     manifest = plan.manifest(existing)
     if existing is not None and request.known:
         check_same(existing.url, existing.manifest, Manifest.from_json(manifest.to_json()))
-
     view_s = speed.view_s(config, device.type == "cuda")
-    per_shard, units_wanted = _layout(request.seconds, view_s, run.batch_size)
-    places = sampled_places(
-        source, recipe, config.views.seed, batch_size=run.batch_size, batches=per_shard, shards=units_wanted
-    )
-    part = part_of(source, places)
-    manifest = dataclasses.replace(manifest, dataset=source_identity(part).to_json())
-    create_cache(request.folder, manifest, teacher.head_tensors())
-    writer = _ClockedWriter(open_storage(request.folder), open_cache(request.folder).manifest)
-    views = range(math.ceil(units_wanted / (len(places) - 1)))
-    began = time.monotonic()
-    job = ExtractJob(config, part, recipe, run, writer)
-    job.do([UnitId(shard, view) for view in views for shard in range(len(places))])
-    failed = job.summary().units_failed
-    if failed or not writer.clock:
-        raise SourceError(f"plan: a unit of the sample failed, as extraction's would: {failed[0] if failed else ''}")
-    tail = -(-2 * config.extract.workers // per_shard)
-    view_s, spread, count = _rate([(began, 0), *writer.clock], tail)
-    first_at, first_views = writer.clock[0]
-    memory = Memory(device)
-    return ExtractFound(
-        view_s=view_s,
-        spread=spread,
-        views=count,
-        teacher_s=speed.teacher_s,
-        render_s=speed.render_s,
-        start_s=began - started - aside_s + speed.warmup_s + max(0.0, first_at - began - first_views * view_s),
-        batch_size=full,
-        measured_batch_size=run.batch_size,
-        device=str(device),
-        host_bytes=round(memory.host_bytes + (memory.host_bytes - base.host_bytes) * (full / run.batch_size - 1)),
-        gpu_bytes=memory.gpu_bytes,
-        places=tuple(places),
-        units=unit_sizes(writer.cache, len(places), len(source.shards[0].keys)),
-        nodes={spec.name: spec.codec for spec in manifest.nodes},
-        tokens_per_view=view_bytes(
-            [spec for spec in manifest.nodes if spec.layout == "tokens"], source, recipe, config.views.seed, teacher
-        ),
-    )
-
-
-def _with_batch_size(run: TeacherRun, existing: Cache | None, source: Source, recipe: Recipe) -> TeacherRun:
-    """With the batch size that extraction will use, where nobody says it: that of the cache, or the fastest."""
-    if run.batch_size:
-        return run
-    stored = batch_size_of_cache(existing.manifest) if existing is not None else None
-    return dataclasses.replace(run, batch_size=stored or try_sizes(run, source, recipe)[0])
-
-
-def _fitting(run: TeacherRun, config: Config, source: Source, seconds: float) -> tuple[TeacherRun, _Speed]:
-    """The teacher with batches of which some can be measured in `seconds`: those configured, or smaller ones."""
-    wanted = run.batch_size
-    if run.compiled or run.device.type == "cuda" or wanted <= FIRST_BATCH:
-        return run, _speed(run, config, source)
-    small = dataclasses.replace(run, batch_size=FIRST_BATCH)
-    affordable = seconds / MIN_BATCHES / _speed(small, config, source).view_s(config, on_gpu=False)
-    if affordable < wanted:
-        run = dataclasses.replace(run, batch_size=max(FIRST_BATCH, 1 << int(affordable).bit_length() - 1))
-    return run, _speed(run, config, source)
-
-
-def _speed(run: TeacherRun, config: Config, source: Source) -> _Speed:
-    """The speed of one batch of the first unit, by itself; the teacher has run once before, which is `warmup_s`."""
-    recipe = make_recipe(config.views)
-    renderer = Renderer(source, recipe, config.views.seed, stored=StoredPixels.wanted(config.cache))
-    tasks = unit_tasks(source, recipe, config.views.seed, UnitId(0, 0), run.batch_size)
-    task = max(tasks, key=lambda task: len(task.row))
-    begun = time.perf_counter()
-    rendered = renderer[task]
-    render_s = time.perf_counter() - begun
-    if rendered.error is not None:
-        raise rendered.error
-    (batch, pixels), = ahead_on_device([rendered], run.device)
-    images = model_input(batch, pixels)
-    times = [wait_for(run.device)]
-    for _ in range(2):
-        run(images)
-        times.append(wait_for(run.device))
-    first, second = times[1] - times[0], times[2] - times[1]
-    return _Speed(
-        teacher_s=second / len(task.row), render_s=render_s / len(task.row), warmup_s=max(0.0, first - second)
-    )
-
-
-def _layout(seconds: float, view_s: float, batch_size: int) -> tuple[int, int]:
-    """Batches of a unit of the sample, and how many such units."""
-    batches = max(MIN_BATCHES, int(seconds / view_s / batch_size))
+    batches = max(MIN_BATCHES, int(request.seconds / view_s / run.batch_size))
     per_unit = max(1, batches // _UNITS)
-    return per_unit, -(-batches // per_unit)
+    return _Begin(
+        run=run,
+        batch_size=batch_size,
+        speed=speed,
+        manifest=manifest,
+        aside_s=aside_s,
+        host_bytes=memory.host_bytes,
+        per_unit=per_unit,
+        num_units=-(-batches // per_unit),
+        tail=-(-2 * config.extract.workers // per_unit),
+    )
+
+
+def _extract_sample(request: ExtractRequest, begin: _Begin) -> tuple[list[Place], list[tuple[float, int]], Cache]:
+    """Where the samples lie, when how many were published, and the cache that they are in.
+
+    Raises:
+        SourceError: a unit that cannot be made.
+    """
+    config, run = request.config, begin.run
+    recipe = make_recipe(config.views)
+    places = sampled_places(
+        request.source,
+        recipe,
+        config.views.seed,
+        batch_size=run.batch_size,
+        batches=begin.per_unit,
+        shards=begin.num_units,
+    )
+    part = part_of(request.source, places)
+    manifest = dataclasses.replace(begin.manifest, dataset=source_identity(part).to_json())
+    create_cache(request.folder, manifest, run.teacher.head_tensors())
+    writer = _ClockedWriter(open_storage(request.folder), open_cache(request.folder).manifest)
+    job = ExtractJob(config, part, recipe, run, writer)
+    views = math.ceil(begin.num_units / (len(places) - 1))
+    job.do([UnitId(shard, view) for view in range(views) for shard in range(len(places))])
+    failed = job.summary().units_failed
+    if failed:
+        raise SourceError(f"plan: a unit of the sample failed, as it would in an extraction: {failed[0]}")
+    return places, writer.clock, writer.cache
 
 
 def _rate(clock: Sequence[tuple[float, int]], tail: int) -> tuple[float, float, int]:

@@ -148,7 +148,7 @@ def _batch_size(request: TrainRequest, sample_s: float, device: torch.device) ->
     affordable = request.seconds / MIN_STEPS / sample_s
     if device.type == "cuda" or train.compile or affordable >= wanted or wanted <= FIRST_BATCH:
         return wanted
-    return min(wanted, max(FIRST_BATCH, 1 << int(max(1.0, affordable)).bit_length() - 1))
+    return min(wanted, max(FIRST_BATCH, 1 << (max(1, int(affordable)).bit_length() - 1)))
 
 
 def _prepared(request: TrainRequest, device: torch.device, batch_size: int) -> Run:
