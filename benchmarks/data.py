@@ -38,7 +38,9 @@ from vkd_cache.views.recipe import Recipe
 PHOTO_PX = (500, 375)  # width, height: the most common size in ImageNet
 JPEG_QUALITY = 98  # files of about 100 kB; those of ImageNet have 110 kB on average
 NUM_CLASSES = 8
-CODECS = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "uint8": "sqrt_uint8"}
+CODECS = {
+    "float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "uint8": "sqrt_uint8", "uint4": "sqrt_uint4",
+}  # fmt: skip
 
 
 def make_photos(folder: Path, count: int, *, seed: int) -> int:
@@ -101,9 +103,11 @@ def pooled_features(count: int, width: int, *, seed: int) -> torch.Tensor:
 
 
 def unit_columns(recipe: Recipe, keys: Sequence[str], *, seed: int) -> dict[str, npt.NDArray[np.generic]]:
-    """The columns of one unit as extraction writes them, of photographs that nobody rendered."""
+    """The columns of one unit as extraction writes them, of photographs that nobody rendered: three in five as large as
+    most of ImageNet's, the others of any size."""
     rng = np.random.default_rng([seed, 3])
-    params = [plan_view(recipe, seed, key, 0, width_px=PHOTO_PX[0], height_px=PHOTO_PX[1]) for key in keys]
+    sizes = [PHOTO_PX if rng.random() < 0.6 else tuple(rng.integers(200, 900, 2).tolist()) for _ in keys]
+    params = [plan_view(recipe, seed, k, 0, width_px=w, height_px=h) for k, (w, h) in zip(keys, sizes, strict=True)]
     mix = plan_mixing(recipe, seed, keys, 0)
     count = len(keys)
     return {
@@ -120,8 +124,11 @@ def unit_columns(recipe: Recipe, keys: Sequence[str], *, seed: int) -> dict[str,
 
 
 def imagenet_keys(count: int) -> list[str]:
-    """Keys of the length that a folder of ImageNet gives: `n01440764/n01440764_10026`."""
-    return [f"n{1440764 + row % 1000:08d}/n{1440764 + row % 1000:08d}_{10000 + row}" for row in range(count)]
+    """Keys as a folder of ImageNet gives them, in no order of classes: `n01440764/n01440764_10026`."""
+    rng = np.random.default_rng(4)
+    classes = rng.integers(1_440_764, 15_075_141, 1000)[rng.integers(0, 1000, count)]
+    numbers = rng.permutation(max(30_000, count))[:count]
+    return [f"n{synset:08d}/n{synset:08d}_{number}" for synset, number in zip(classes, numbers, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ from scipy.stats import t as student_t
 
 from vkd_cache.runtime import write_atomic
 
-BEGIN, END = "<!-- made by benchmarks/evidence.py: begin -->", "<!-- made by benchmarks/evidence.py: end -->"
 CONFIDENCE = 0.95
 
 
@@ -103,13 +102,14 @@ def noise_of_differences(values: Sequence[Sequence[float]]) -> float:
     return float(student_t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(2 * variance / columns)
 
 
-def write_part(page: Path, text: str) -> None:
-    """Replace what lies between the two marks of a page, or append it with them; the rest is written by hand."""
+def write_part(page: Path, text: str, script: str = "evidence.py") -> None:
+    """Replace what lies between a script's two marks in a page, or append it with them; the rest is written by hand."""
+    first, last = (f"<!-- made by benchmarks/{script}: {which} -->" for which in ("begin", "end"))
     before = page.read_text(encoding="utf-8") if page.is_file() else ""
-    head, begin, rest = before.partition(BEGIN)
-    tail = rest.partition(END)[2] if begin else "\n"
+    head, begin, rest = before.partition(first)
+    tail = rest.partition(last)[2] if begin else "\n"
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(page, f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}".encode())
+    write_atomic(page, f"{head}{first}\n\n{text}\n\n{last}{tail}".encode())
 
 
 def _deviation(values: Sequence[float]) -> float:

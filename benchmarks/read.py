@@ -1,10 +1,10 @@
-"""What the cache join costs a training feed, and how many bytes a view takes.
+"""What the cache join costs a training feed.
 
     python benchmarks/read.py --output benchmarks/results/read.json
 
 Two questions, each beside its baseline, under the reference recipe and under the fast one. Is the feed as fast with the
 join as with images only, same views, same workers? How much CPU time does the feature path take, over that of the image
-path? And the bytes of a view. Other loaders are compared in `pipelines.py`.
+path? Other loaders are compared in `pipelines.py`, bytes counted in `bytes.py`.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import data
 from harness import Report, Stopwatch, Target, interleave, parse, parser, require, scratch_folder
 
 from vkd_cache.cache.reader import Cache
-from vkd_cache.cache.units import UnitId, record_path
 from vkd_cache.cli import guarded
 from vkd_cache.config import ViewsConfig
 from vkd_cache.sources import Source, open_source
@@ -27,15 +26,13 @@ from vkd_cache.views.recipe import RECIPES, Recipe, make_recipe
 
 TINY = {
     "images": 24, "shard_size": 12, "size_px": 32, "batch_size": 4, "workers": 1, "repetitions": 2, "epochs": 2,
-    "width": 96, "unit_samples": 32,
+    "width": 96,
 }  # fmt: skip
-NAIVE_BYTES_PER_CHANNEL = 2  # float16 features, and as many bytes for each of the logits
-IMAGENET_CLASSES = 1000
 
 
 def main() -> int:
     """Run the benchmark."""
-    made = parser("The training feed with cache join against images only; CPU time and bytes per view.", repetitions=5)
+    made = parser("The training feed with cache join against images only; CPU time.", repetitions=5)
     made.add_argument("--images", type=int, default=1024, help="JPEG files of 500x375")
     made.add_argument("--shard-size", type=int, default=256, help="images per unit")
     made.add_argument("--size-px", type=int, default=224, help="side of a view")
@@ -46,7 +43,6 @@ def main() -> int:
     made.add_argument("--width", type=int, default=3024, help="channels of the cached node")
     made.add_argument("--dtype", default="uint8", choices=sorted(data.CODECS), help="stored type of the feed's cache")
     made.add_argument("--backend", default="zarr", choices=("zarr", "webdataset"), help="of the feed's cache")
-    made.add_argument("--unit-samples", type=int, default=1024, help="samples of the units whose bytes are counted")
     options = parse(made, TINY)
     report = Report("read", options)
     with scratch_folder(options) as folder:
@@ -56,7 +52,6 @@ def main() -> int:
         source = open_source(str(folder / "photos"), shard_size=options.shard_size)
         for recipe in options.recipes:
             measure_feed(options, recipe, source, folder, report)
-        count_bytes(options, folder, report)
     report.finish(options.output)
     return 0
 
@@ -144,28 +139,6 @@ def measure_feed(options: argparse.Namespace, name: str, source: Source, folder:
     report.ratio(
         f"CPU of the feature path / of the image path, {name}", *list(times)[:2], target=Target(bound=0.01)
     )
-
-
-def count_bytes(options: argparse.Namespace, folder: Path, report: Report) -> None:
-    """Bytes per view, files of units and records counted, for every type and backend; zarr compresses, tar does not."""
-    recipe = RECIPES["vkd"]
-    columns = data.unit_columns(recipe, data.imagenet_keys(options.unit_samples), seed=options.seed)
-    values = data.pooled_features(options.unit_samples, options.width, seed=options.seed)
-    naive = NAIVE_BYTES_PER_CHANNEL * (options.width + IMAGENET_CLASSES)
-    for backend in ("zarr", "webdataset"):
-        for dtype in data.CODECS:
-            url = folder / f"{backend}-{dtype}"
-            form = data.Form(width=options.width, dtype=dtype, backend=backend)
-            writer = data.unit_store(str(url), recipe, form, units=1, count=options.unit_samples)
-            record = writer.publish(0, 0, columns, {"pooled": values})
-            files = (url / record.files[0][0], url / record_path(UnitId(0, 0)))
-            view_bytes = sum(file.stat().st_size for file in files) / options.unit_samples
-            report.facts[f"bytes per view, {backend} {dtype}"] = view_bytes
-            report.ratio_of(f"bytes per view, {backend} {dtype} / naive", [view_bytes / naive])
-            if dtype == "uint8":
-                report.ratio_of(f"bytes per view, {backend} uint8 / 3.1 kB", [view_bytes / 3100], Target(bound=1.0))
-    described = sum(column.nbytes for column in columns.values()) / options.unit_samples
-    report.facts |= {"bytes per view, everything but features, uncompressed": described, "bytes per view, naive": naive}
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def make_manifest(**changes: Any) -> Manifest:
 def make_node(codec: str, name: str = "pooled", shape: tuple[int, ...] = (5,)) -> NodeSpec:
     """A node of a given codec; feature maps have three sizes."""
     layout = "feature_map" if len(shape) == 3 else "logits" if name == "logits" else "pooled"
-    dtype = "uint8" if codec.endswith("int8") else codec
+    dtype = {"sqrt_uint4": "uint4"}.get(codec, "uint8" if codec.endswith("int8") else codec)
     return NodeSpec(name=name, layout=layout, shape=shape, dtype=dtype, codec=codec)
 
 

@@ -27,6 +27,8 @@ MEASURED = {
                 "publish webdataset uint8", "read webdataset uint8"],
     "read": [f"{what}, {recipe}" for recipe in ("vkd", "fast") for what in
              ("feed with cache", "feed of images", "CPU, feature path", "CPU, image path")],
+    "bytes": [f"{what} {backend} {dtype}" for what in ("publish", "read") for backend in ("zarr", "webdataset")
+              for dtype in ("float32", "float16", "bfloat16", "uint8", "uint4")],
     "image_pipeline": [
         *(f"{kind}, {end}" for kind in ("torchvision", "vkd", "fast", "torchvision detection", "vidt", "fast_detection")
           for end in ("8-bit", "float")),
@@ -53,8 +55,10 @@ MEASURED = {
 }  # fmt: skip
 RATIOS = {
     "extract": ["extract / teacher alone", "extract / the slower of both", "publish zarr float16 / 30 us"],
-    "read": ["feed with cache / feed of images, vkd", "CPU of the feature path / of the image path, fast",
-             "bytes per view, zarr uint8 / 3.1 kB"],
+    "read": ["feed with cache / feed of images, vkd", "CPU of the feature path / of the image path, fast"],
+    "bytes": [*(f"bytes per view before zstd, {backend} uint8 / 3.1 kB" for backend in ("zarr", "webdataset")),
+              "bytes per view, zarr uint8 / 2 kB", "publish zarr uint8 / 30 us", "columns, packed / as numbers",
+              "uint4, rows, zstd 1 / uncompressed", "float16, planes, zstd 9 / uncompressed"],
     "image_pipeline": [f"{kind} / torchvision, {end}" for kind in ("vkd", "fast", "vidt", "fast_detection")
                        for end in ("8-bit", "float")],
     "pipelines": ["fast / torchvision, PIL", "fast with cache / webdataset", "vkd with cache / vkd"],

@@ -38,7 +38,7 @@ def code_block(heading: str) -> str:
 
 # webdataset leaves closing its file to the garbage collector
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-@pytest.mark.parametrize("codec", ["float32", "float16", "sqrt_uint8"])
+@pytest.mark.parametrize("codec", ["float32", "float16", "sqrt_uint8", "sqrt_uint4"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_page_reads_a_cache_without_us(

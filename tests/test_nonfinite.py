@@ -195,7 +195,7 @@ def test_a_bad_token_is_told_with_its_key_though_it_is_not_in_the_sample(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    codec=st.sampled_from(["float32", "float16", "bfloat16", "sqrt_uint8", "token_int8"]),
+    codec=st.sampled_from(["float32", "float16", "bfloat16", "sqrt_uint8", "sqrt_uint4", "token_int8"]),
     shape=st.sampled_from([(5,), (3, 2, 2)]),
     large=st.floats(min_value=0, max_value=1.7e308),
 )

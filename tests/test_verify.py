@@ -17,7 +17,7 @@ from PIL import Image
 
 from vkd_cache.cache.codecs import CODEC_ARRAYS, decode_node, encode_node, rounding_bound
 from vkd_cache.cache.reader import Unit, open_cache
-from vkd_cache.cache.schema import NodeSpec
+from vkd_cache.cache.schema import UNIT_SCALED, NodeSpec
 from vkd_cache.cache.units import UnitId, keys_to_columns, record_path
 from vkd_cache.cache.writer import CacheWriter
 from vkd_cache.cli import main
@@ -275,7 +275,7 @@ FLOATS = st.floats(0, 6e4, width=32)
 )
 def test_no_value_leaves_its_rounding_bound(codec: str, rows: list[list[float]], negative: bool) -> None:
     values = torch.tensor(rows)
-    if negative and codec != "sqrt_uint8":
+    if negative and codec not in UNIT_SCALED:
         values = -values
     spec = NodeSpec(name="pooled", layout="pooled", shape=(3,), dtype="float32", codec=codec)
     arrays = encode_node(values, codec)

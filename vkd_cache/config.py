@@ -115,7 +115,7 @@ class CacheConfig:
     dtype: str = option(
         "auto",
         "stored type of node values; auto measures the loss effect on the first unit",
-        choices=("auto", "float32", "float16", "bfloat16", "uint8", "int8"),
+        choices=("auto", "float32", "float16", "bfloat16", "uint8", "uint4", "int8"),
     )
     nodes: tuple[str, ...] = option(
         (),

@@ -1,4 +1,4 @@
-"""Node values as stored arrays and back: float32, float16, bfloat16, and two 8-bit codecs; and which one is chosen.
+"""Node values as stored arrays and back: float32, float16, bfloat16, codecs of 8 and 4 bits; and which one is chosen.
 
 A newcomer's trap: layout `tokens` is ragged and has more arrays than one per codec; see `token_codecs`.
 
@@ -17,14 +17,13 @@ from vkd_cache.cache.rounding import (
     FLOATS,
     as_array,
     as_tensor,
-    blocks,
     finite,
     half_step,
     token_int8,
-    with_inverse,
     with_passed,
 )
-from vkd_cache.cache.schema import NodeSpec
+from vkd_cache.cache.schema import BY_VALUE, UNIT_SCALED, NodeSpec
+from vkd_cache.cache.sqrt_codecs import encode_sqrt, sqrt_bound, stored_channels, unpacked_levels
 from vkd_cache.cache.token_codecs import choose_token_codec, token_arrays
 from vkd_cache.errors import CacheError
 from vkd_cache.stored_rows import StoredRows
@@ -38,8 +37,8 @@ def stored_arrays(spec: NodeSpec) -> dict[str, str]:
 
 def array_shapes(spec: NodeSpec, num_samples: int) -> dict[str, tuple[int, ...]]:
     """Shape of each stored array of a dense node, by suffix, for a unit of `num_samples` rows."""
-    shapes = {"": (num_samples, *spec.shape)}
-    if spec.codec == "sqrt_uint8":
+    shapes = {"": (num_samples, stored_channels(spec.codec, spec.shape[0]), *spec.shape[1:])}
+    if spec.codec in UNIT_SCALED:
         shapes[".scale"] = spec.shape[:1]
     if spec.codec == "token_int8":
         shapes[".scale"] = (num_samples, 1, *spec.shape[1:])
@@ -50,7 +49,7 @@ def encode_node(values: torch.Tensor, codec: str) -> dict[str, Array]:
     """The arrays to store for a node.
 
     Args:
-        values: (n, C) or (n, C, H, W), any floating dtype, finite; not negative for `sqrt_uint8`.
+        values: (n, C) or (n, C, H, W), any floating dtype, finite; not negative for UNIT_SCALED.
         codec: one of `vkd_cache.cache.schema.CODECS`.
 
     Returns:
@@ -60,39 +59,14 @@ def encode_node(values: torch.Tensor, codec: str) -> dict[str, Array]:
         CacheError: a value that the codec cannot hold, with the first such sample.
     """
     values = values.detach().to("cpu")
-    if codec.endswith("int8") and values.dtype == torch.float64:
+    if codec not in FLOATS and values.dtype == torch.float64:
         values = finite(values.to(torch.float32), values, "float32")
-    if codec == "sqrt_uint8":
-        return _encode_sqrt_uint8(finite(values, values, codec))
+    if codec in UNIT_SCALED:
+        return encode_sqrt(finite(values, values, codec), codec)
     if codec == "token_int8":
         stored, scale = token_int8(finite(values, values, codec))
         return {"": as_array(stored), ".scale": as_array(scale)}
     return {"": as_array(finite(values.to(FLOATS[codec]), values, codec))}
-
-
-def _encode_sqrt_uint8(values: torch.Tensor) -> dict[str, Array]:
-    """Per channel over the unit: value = q^2 * scale with q in 0..255 and scale = maximum / 255^2.
-
-    Activations after a ReLU are dense near zero, where a square root has its fine steps.
-    """
-    num_channels = values.shape[1]
-    stored = torch.empty(values.shape, dtype=torch.uint8)
-    if not values.numel():
-        return {"": stored.numpy(), ".scale": np.zeros(num_channels, np.float32)}
-    if values.min() < 0:
-        row = int((values < 0).flatten(1).any(1).nonzero()[0, 0])
-        raise CacheError(
-            f"sqrt_uint8: found a negative value in row {row}, expected none. Extract with --dtype float16, or with a "
-            "teacher whose features are never negative."
-        )
-    others = [axis for axis in range(values.ndim) if axis != 1]
-    scale = values.amax(others).to(torch.float32) / 255.0**2
-    shape = [1, num_channels] + [1] * (values.ndim - 2)
-    scale, inverse = with_inverse(scale)
-    inverse = inverse.reshape(shape)
-    for rows in blocks(values):
-        stored[rows] = (values[rows].to(torch.float32) * inverse).sqrt_().round_().clamp_max_(255)
-    return {"": stored.numpy(), ".scale": scale.numpy()}
 
 
 def decode_node(
@@ -117,7 +91,9 @@ def stored_rows(
     """The values of a node as they are stored; arguments as for `decode_node`."""
     chosen = slice(None) if rows is None else rows
     stored = as_tensor(arrays[""][chosen], spec.codec)
-    if spec.codec == "sqrt_uint8":
+    if spec.codec == "sqrt_uint4":  # from here on one in a byte, like those of 8 bits
+        stored = unpacked_levels(stored, spec.shape[0])
+    if spec.codec in UNIT_SCALED:
         return StoredRows(values=stored, scale=as_tensor(arrays[".scale"])[None])
     if spec.codec == "token_int8":
         return StoredRows(values=stored, scale=as_tensor(arrays[".scale"][chosen]))
@@ -132,13 +108,12 @@ def rounding_bound(
     if spec.codec == "token_int8":
         scale = as_tensor(arrays[".scale"][slice(None) if rows is None else rows])
         bound = (0.5 * scale).expand(values.shape)
-    elif spec.codec == "sqrt_uint8":  # (q + 1/2)^2 - q^2 steps
-        scale = as_tensor(arrays[".scale"]).reshape([1, -1] + [1] * (values.ndim - 2))
-        bound = (values * scale).sqrt_().add_(0.25 * scale)
+    elif spec.codec in UNIT_SCALED:
+        bound = sqrt_bound(values, as_tensor(arrays[".scale"]))
     else:
         bound = half_step(values, spec.codec)
     largest = None
-    if "sqrt_uint8" in spec.passed and len(arrays[""]):
+    if not set(UNIT_SCALED).isdisjoint(spec.passed) and len(arrays[""]):
         whole = decode_node(spec, arrays).to(torch.float32)
         largest = whole.amax([axis for axis in range(whole.ndim) if axis != 1], keepdim=True)
     return with_passed(bound, values, spec.passed, largest)
@@ -169,7 +144,7 @@ def resolve_codec(
     if isinstance(values, Tokens):
         if dtype == "auto":
             codec, measured = choose_token_codec(values)
-        elif dtype == "uint8":
+        elif dtype in BY_VALUE:
             codec = "token_int8"  # tokens are signed
         return NodeSpec(
             name=name,
@@ -183,8 +158,10 @@ def resolve_codec(
     layout = "feature_map" if values.ndim == 4 else "logits" if name == "logits" else "pooled"
     if dtype == "auto":
         codec, measured = choose_codec(name, values, head)
-    elif dtype == "uint8":
-        codec = _eight_bit_codec(name, values)
+    elif dtype in BY_VALUE:
+        codec = _smallest_codec(name, values, "sqrt_uint4" if dtype == "uint4" else "sqrt_uint8")
+    if dtype == "uint4":
+        measured = effects_of(codec, name, finite(values.detach().to("cpu", torch.float32), values, "float32"), head)
     return NodeSpec(
         name=name, layout=layout, shape=tuple(values.shape[1:]), dtype=dtype, codec=codec, measured=measured
     )
@@ -204,13 +181,11 @@ def choose_codec(
     """
     exact = finite(values.detach().to("cpu", torch.float32), values, "float32")
     measured: dict[str, float] = {}
-    for codec in (_eight_bit_codec(name, exact), "float16"):
-        spec = NodeSpec(name=name, layout="pooled", shape=tuple(exact.shape[1:]), dtype="auto", codec=codec)
+    for codec in (_smallest_codec(name, exact, "sqrt_uint8"), "float16"):
         try:
-            arrays = encode_node(exact, codec)
+            measured = effects_of(codec, name, exact, head)
         except CacheError:
             continue  # float16 that would overflow
-        measured = _loss_effects(name, exact, decode_node(spec, arrays).float(), head)
         within = {effect: value <= _LIMITS[effect] for effect, value in measured.items()}
         if all(within.values()):
             return codec, measured
@@ -231,9 +206,22 @@ _LIMITS = {"layer_norm_error": 0.01, "feature_loss_change": 0.005, "logit_loss_c
 _STUDENT_WIDTH = 192
 
 
-def _eight_bit_codec(name: str, values: torch.Tensor) -> str:
+def _smallest_codec(name: str, values: torch.Tensor, unsigned: str) -> str:
+    """`unsigned`, unless there are signed values, or may be."""
     signed = name == "logits" or (values.numel() > 0 and bool(values.min() < 0))
-    return "token_int8" if signed else "sqrt_uint8"
+    return "token_int8" if signed else unsigned
+
+
+def effects_of(
+    codec: str, name: str, exact: torch.Tensor, head: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, float]:
+    """What a codec does to the terms of the loss, see `choose_codec`; `exact` (n, C, ...) is float32 and finite.
+
+    Raises:
+        CacheError: values that it cannot hold.
+    """
+    spec = NodeSpec(name=name, layout="pooled", shape=tuple(exact.shape[1:]), dtype="auto", codec=codec)
+    return _loss_effects(name, exact, decode_node(spec, encode_node(exact, codec)).float(), head)
 
 
 def _loss_effects(

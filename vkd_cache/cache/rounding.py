@@ -23,8 +23,12 @@ CODEC_ARRAYS: dict[str, dict[str, str]] = {
     "float16": {"": "<f2"},
     "bfloat16": {"": "<u2"},
     "sqrt_uint8": {"": "|u1", ".scale": "<f4"},
+    "sqrt_uint4": {"": "|u1", ".scale": "<f4"},
     "token_int8": {"": "|i1", ".scale": "<f4"},
 }
+
+# Largest q of the codecs whose values are q² · scale, with a scale for each channel of the unit.
+SQRT_STEPS = {"sqrt_uint8": 255, "sqrt_uint4": 15}
 
 # relative and smallest absolute half step
 _HALF_STEPS = {"float32": (0.0, 0.0), "float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 2.0**-134)}
@@ -62,15 +66,15 @@ def with_passed(
         bound: (n, C, ...) how far the last codec may have moved them.
         values: (n, C, ...) float32, as they are now.
         passed: the codecs before the last one, in order.
-        largest: (1, C, ...) of each channel of the unit; needed for `sqrt_uint8`. A unit that was cut anew may have had
+        largest: (1, C, ...) of each channel of the unit; needed for SQRT_STEPS. A unit that was cut anew may have had
             larger ones, so that this is what can be told from here, no more.
     """
     for codec in reversed(passed):
         reach = values.abs() + bound
         if codec == "token_int8":
             step = reach.amax(1, keepdim=True) / 254.0
-        elif codec == "sqrt_uint8" and largest is not None:  # (q + 1/2)^2 - q^2 steps
-            scale = largest / 255.0**2
+        elif codec in SQRT_STEPS and largest is not None:  # (q + 1/2)^2 - q^2 steps
+            scale = largest / float(SQRT_STEPS[codec] ** 2)
             step = (reach * scale).sqrt_() + 0.25 * scale
         else:
             step = half_step(reach, codec)

@@ -24,9 +24,11 @@ from vkd_cache.cache.pixel_codecs import PixelSpec
 from vkd_cache.errors import CacheFormatError
 
 LAYOUTS = ("pooled", "logits", "feature_map", "tokens")
-DTYPES = ("auto", "float32", "float16", "bfloat16", "uint8", "int8")
-CODEC_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "sqrt_uint8": 1, "token_int8": 1}
+DTYPES = ("auto", "float32", "float16", "bfloat16", "uint8", "uint4", "int8")
+BY_VALUE = ("auto", "uint8", "uint4")  # dtypes whose codec depends on the values, if only on their signs
+CODEC_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "sqrt_uint8": 1, "sqrt_uint4": 0.5, "token_int8": 1}
 CODECS = tuple(CODEC_BYTES)
+UNIT_SCALED = ("sqrt_uint8", "sqrt_uint4")  # by channel, over all rows of a unit
 BACKENDS = ("zarr", "webdataset")
 
 # Libraries whose version changes a pixel or a feature; the others are noted and may differ.
@@ -46,14 +48,14 @@ class NodeSpec:
     """A tapped teacher output and how it is stored.
 
     Attributes:
-        name: lower-case letters, digits and `_`; columns `node.<name>` and, for 8-bit codecs, `node.<name>.scale`.
+        name: lower-case letters, digits and `_`; columns `node.<name>` and, for integer codecs, `node.<name>.scale`.
         layout: `pooled` (C,), `logits` (K,), `feature_map` (C, H, W), or ragged `tokens` (C,).
         shape: of one sample; of one token.
         dtype: what the user asked for.
         codec: how it is stored; see `vkd_cache.cache.codecs`.
         tokens: share of each image's tokens that is stored, in (0, 1]; 1.0 for the other layouts.
         passed: lossy codecs that the values went through before this one, in order, by conversion of a cache.
-        measured: effect of the codec on the first unit, by name, where dtype was `auto`; not in the fingerprint.
+        measured: effect of the codec on the first unit, by name, for dtypes `auto` and `uint4`; not in the fingerprint.
     """
 
     name: str
@@ -81,8 +83,9 @@ class NodeSpec:
 
     @property
     def _value_bytes(self) -> int:
-        values = math.prod(self.shape) * CODEC_BYTES[self.codec]
-        return values + 4 * math.prod(self.shape[1:]) if self.codec == "token_int8" else values
+        places = math.prod(self.shape[1:])
+        values = math.ceil(self.shape[0] * CODEC_BYTES[self.codec]) * places
+        return values + 4 * places if self.codec == "token_int8" else values
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -121,8 +124,8 @@ class NodeSpec:
         if not all(isinstance(value, (int, float)) for value in measured.values()):
             raise fields.refuse("measured", "numbers by name")
         codec = fields.text("codec", CODECS)
-        if layout == "tokens" and codec == "sqrt_uint8":
-            raise fields.refuse("codec", "another than sqrt_uint8, whose scales belong to dense channels")
+        if layout == "tokens" and codec in UNIT_SCALED:
+            raise fields.refuse("codec", f"none of {', '.join(UNIT_SCALED)}, whose scales belong to dense channels")
         return cls(
             name=name,
             layout=layout,

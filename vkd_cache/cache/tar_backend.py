@@ -1,7 +1,7 @@
 """A unit as a tar of NumPy arrays that plain webdataset reads: block b of column c is the member `<b>.<c>.npy`.
 
 A newcomer's trap: each block stands on its own, so offsets start at 0 in each, and what a unit has once (the
-scale of `sqrt_uint8`) is repeated in each.
+scales of channels) is repeated in each.
 """
 
 import io
@@ -16,7 +16,7 @@ from vkd_cache.cache.arrays import Array
 from vkd_cache.cache.frames import most_expanded
 from vkd_cache.cache.packed_columns import with_packed, without_packed
 from vkd_cache.cache.pixel_codecs import OFFSETS, PIXELS
-from vkd_cache.cache.schema import Manifest
+from vkd_cache.cache.schema import UNIT_SCALED, Manifest
 from vkd_cache.errors import CacheFormatError
 
 _MEMBER = re.compile(rb"([0-9]{6,12})\.([a-z0-9_.]+)\.npy")
@@ -55,7 +55,7 @@ def pack(columns: Mapping[str, Array], manifest: Manifest, packed: Set[str] = fr
 
 
 def _shared_columns(manifest: Manifest) -> set[str]:
-    return {f"node.{node.name}.scale" for node in manifest.nodes if node.codec == "sqrt_uint8"}
+    return {f"node.{node.name}.scale" for node in manifest.nodes if node.codec in UNIT_SCALED}
 
 
 def _ragged_columns(manifest: Manifest) -> dict[str, str]:

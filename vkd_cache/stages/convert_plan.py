@@ -18,7 +18,7 @@ import numpy.typing as npt
 from vkd_cache.cache.codecs import enough_to_measure, resolve_codec
 from vkd_cache.cache.documents import FORMAT_VERSION
 from vkd_cache.cache.reader import Cache, find_cache
-from vkd_cache.cache.schema import BLOCK_SAMPLES, CODEC_BYTES, Manifest, NodeSpec
+from vkd_cache.cache.schema import BLOCK_SAMPLES, BY_VALUE, CODEC_BYTES, UNIT_SCALED, Manifest, NodeSpec
 from vkd_cache.cache.units import UnitId, by_view, is_detection, keys_from_columns
 from vkd_cache.errors import ConfigError, IncompleteCacheError
 from vkd_cache.stages.convert_cut import Cut
@@ -101,14 +101,14 @@ class ConvertPlan:
             wanted = self.wish.dtype or spec.dtype
             if wanted == spec.dtype:
                 found = spec
-            elif wanted in ("auto", "uint8"):
+            elif wanted in BY_VALUE:
                 measured = measured or self._decided(wanted) or self._measured(wanted)
                 decided = measured[spec.name]
                 found = dataclasses.replace(spec, dtype=wanted, codec=decided.codec, measured=decided.measured)
             else:
                 codec = {"int8": "token_int8"}.get(wanted, wanted)
                 found = dataclasses.replace(spec, dtype=wanted, codec=codec, measured={})
-            anew = self.cut.is_new and found.codec == "sqrt_uint8"  # its scales are of a unit
+            anew = self.cut.is_new and found.codec in UNIT_SCALED  # its scales are of a unit
             yield dataclasses.replace(found, passed=_passed(spec, found.codec, anew=anew))
 
     def _decided(self, dtype: str) -> dict[str, NodeSpec]:

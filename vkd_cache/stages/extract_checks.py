@@ -56,8 +56,10 @@ def _misfits(config: Config, source: Source) -> list[str]:
             f"[cache] nodes: found {', '.join(alien)}, but {data}: expected some of {', '.join(known)}, or none for "
             "the usual ones."
         )
-    if detection and cache.dtype == "uint8":
-        problems.append("[cache] dtype: found 'uint8', but tokens are signed: expected int8, auto or a floating type.")
+    if detection and cache.dtype in ("uint8", "uint4"):
+        problems.append(
+            f"[cache] dtype: found '{cache.dtype}', but tokens are signed: expected int8, auto or a floating type."
+        )
     if cache.tokens < 1 and not set(nodes_to_store(cache, source)) & set(PATCHES):
         problems.append(
             f"[cache] tokens: found {cache.tokens:g}, but no node of patch tokens is stored: expected 1, or some of "

@@ -12,7 +12,7 @@ import torch
 from vkd_cache import console
 from vkd_cache.cache.codecs import resolve_codec
 from vkd_cache.cache.reader import Cache, find_cache
-from vkd_cache.cache.schema import BLOCK_SAMPLES, Manifest, NodeSpec
+from vkd_cache.cache.schema import BLOCK_SAMPLES, BY_VALUE, Manifest, NodeSpec
 from vkd_cache.cache.units import UnitId
 from vkd_cache.cache.writer import check_same, describe_head
 from vkd_cache.config import Config
@@ -107,7 +107,7 @@ class ExtractPlan:
                 # values that came another way (by conversion) and the teacher's own do not belong together
                 share = share_of(name, self.config.cache)
                 nodes.append(dataclasses.replace(spec, shape=shape, tokens=share, passed=()))
-            elif dtype not in ("auto", "uint8"):
+            elif dtype not in BY_VALUE:
                 nodes.append(self._spec(name, dtype))
             elif existing is not None:  # refused anyway for its dtype: no need to find out the codec
                 plain = self._spec(name, "float32")
@@ -163,12 +163,12 @@ class ExtractPlan:
         if nodes is not None:
             return f"{samples * self._view_bytes(nodes) / 1e6:.1f} MB"
         largest = [self._spec(name, "float32") for name in self.run.teacher.node_shapes]
+        dense = "sqrt_uint4" if self.config.cache.dtype == "uint4" else "sqrt_uint8"
         smallest = [
-            dataclasses.replace(spec, codec="token_int8" if spec.layout == "tokens" else "sqrt_uint8")
-            for spec in largest
+            dataclasses.replace(spec, codec="token_int8" if spec.layout == "tokens" else dense) for spec in largest
         ]
         least, most = (samples * self._view_bytes(specs) / 1e6 for specs in (smallest, largest))
-        return f"{least:.1f} MB" if self.config.cache.dtype == "uint8" else f"{least:.1f} to {most:.1f} MB"
+        return f"{least:.1f} MB" if self.config.cache.dtype != "auto" else f"{least:.1f} to {most:.1f} MB"
 
     def _view_bytes(self, specs: Sequence[NodeSpec]) -> float:
         return view_bytes(specs, self.source, self.recipe, self.config.views.seed, self.run.teacher)

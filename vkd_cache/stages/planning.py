@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vkd_cache import console
 from vkd_cache.cache.reader import find_cache
+from vkd_cache.cache.schema import BY_VALUE
 from vkd_cache.cache.units import UnitId
 from vkd_cache.config import Config, parse_view_range
 from vkd_cache.errors import ConfigError, TeacherMemoryError
@@ -318,7 +319,7 @@ class _Planning:
             "Host memory is the peak resident size of the main process, without its data workers; GPU memory is the "
             "peak of what torch allocates.",
         ]
-        if not weights.known and config.cache.dtype in ("auto", "uint8"):
+        if not weights.known and config.cache.dtype in BY_VALUE:
             said.append("Stored types and compression are those of random features: the teacher's own may differ.")
         if is_detection(self._source):
             said.append("Tokens a view: the mean over some hundred planned views of the data.")

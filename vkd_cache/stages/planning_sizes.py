@@ -14,7 +14,7 @@ import numpy as np
 
 from vkd_cache.cache.arrays import Array
 from vkd_cache.cache.reader import Cache
-from vkd_cache.cache.schema import Manifest
+from vkd_cache.cache.schema import UNIT_SCALED, Manifest
 from vkd_cache.cache.units import UnitId, pack_unit, record_path, unpack_unit
 from vkd_cache.sources import Source
 
@@ -81,7 +81,7 @@ def _size(arrays: Mapping[str, Array], manifest: Manifest, stored_bytes: int) ->
 
 def _joined(parts: Sequence[Mapping[str, Array]], manifest: Manifest) -> dict[str, Array]:
     """The arrays of several units as if they were of one; the scales of the first serve for all."""
-    shared = {f"node.{spec.name}.scale" for spec in manifest.nodes if spec.codec == "sqrt_uint8"}
+    shared = {f"node.{spec.name}.scale" for spec in manifest.nodes if spec.codec in UNIT_SCALED}
     found: dict[str, Array] = {}
     for name, first in parts[0].items():
         arrays = [part[name] for part in parts]

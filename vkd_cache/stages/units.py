@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from vkd_cache.cache.pixel_codecs import EncodedViews
-from vkd_cache.cache.schema import NodeSpec
+from vkd_cache.cache.schema import UNIT_SCALED, NodeSpec
 from vkd_cache.cache.units import UnitId, keys_to_columns
 from vkd_cache.errors import TeacherError
 from vkd_cache.sources import CocoSource, Source, is_detection
@@ -225,11 +225,11 @@ def check_storable(specs: Sequence[NodeSpec], nodes: Mapping[str, Output], keys:
             bad, what, cure = ~finite_rows(values), "not finite", _cure(spec)
         elif isinstance(values, Tokens):
             continue
-        elif low < 0 and spec.codec == "sqrt_uint8":
+        elif low < 0 and spec.codec in UNIT_SCALED:
             bad = _any_of_row(values < 0)
-            what = "negative, which codec sqrt_uint8 cannot hold,"
+            what = f"negative, which codec {spec.codec} cannot hold,"
             cure = "The codec was chosen for a first unit without any: extract into another cache with --dtype float16."
-        elif max(-low, high) > _LARGEST and spec.codec.endswith("int8"):
+        elif max(-low, high) > _LARGEST and spec.codec.endswith(("int8", "int4")):
             bad = _any_of_row(values.abs() > _LARGEST)
             what = f"larger than {_LARGEST:g}, which codec {spec.codec} turns into inf,"
             cure = "Extract into another cache with --dtype float32, or without the teacher's own masking of logits."
