@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import data
+import torch
 from harness import Report, Stopwatch, Target, interleave, parse, parser, require, scratch_folder
 
 from vkd_cache.cache.reader import Cache
@@ -79,8 +80,13 @@ class Feeds:
         return self._rate(self._planned, ())
 
     def image_cpu(self) -> float:
-        """CPU microseconds per sample of images only, everything in this process."""
-        return self._cpu(self._renderer, self._planned, ())
+        """CPU microseconds per sample of images only, everything in this process, with a data worker's one thread."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self._cpu(self._renderer, self._planned, ())
+        finally:
+            torch.set_num_threads(threads)
 
     def cached_overhead(self) -> float:
         """The same without any pixels, with the join."""
