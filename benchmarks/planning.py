@@ -47,6 +47,7 @@ def main() -> int:
     made.add_argument("--batch-size", type=int, default=32, help="of teacher and student")
     made.add_argument("--workers", type=int, default=2, help="processes that render")
     made.add_argument("--autocast", default="off", choices=("off", "float16", "bfloat16"), help="of the teacher")
+    made.add_argument("--channels-last", action="store_true", help="memory format of the teacher")
     made.add_argument("--amp", default="off", choices=("off", "bf16", "fp16"), help="of the student")
     made.add_argument("--seconds", type=float, default=30.0, help="that the plan may measure for")
     options = parse(made, TINY)
@@ -138,6 +139,7 @@ def _pipeline(options: argparse.Namespace, folder: Path, home: Path) -> str:
         "cache": {"url": str(home / "cache"), "dtype": options.dtype},
         "extract": {
             "batch_size": options.batch_size, "workers": options.workers, "autocast": options.autocast,
+            "channels_last": options.channels_last,
         },
         "student": {"name": options.student},
         "loss": {"logit_weight": 0.0},  # the teacher's classes are not those of the folders
