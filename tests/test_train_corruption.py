@@ -160,7 +160,7 @@ def test_a_real_checkpoint(
     for place in range(0, len(good), len(good) // 200):
         with path.open("r+b") as file:
             os.pwrite(file.fileno(), bytes([good[place] ^ 0x10]), place)
-            with pytest.raises(CheckpointError, match="damaged since it was written"):
+            with pytest.raises(CheckpointError, match="damaged"):
                 read_checkpoint(path)
             os.pwrite(file.fileno(), good[place : place + 1], place)
     flip(path, len(good) // 2)
