@@ -35,7 +35,7 @@ def main() -> int:
     """Run the benchmark."""
     made = parser("The training feed with cache join against images only; CPU time.", repetitions=5)
     made.add_argument("--images", type=int, default=1024, help="JPEG files of 500x375")
-    made.add_argument("--shard-size", type=int, default=256, help="images per unit")
+    made.add_argument("--shard-size", type=int, default=512, help="images per unit")
     made.add_argument("--size-px", type=int, default=224, help="side of a view")
     made.add_argument("--recipes", nargs="+", default=["vkd", "fast"], choices=sorted(RECIPES), help="of the feed")
     made.add_argument("--batch-size", type=int, default=32, help="of the feed")

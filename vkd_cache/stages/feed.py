@@ -143,10 +143,10 @@ class Feed:
             order = self.order(at_epoch)
             view = self.view_of(at_epoch)
             windows = order.windows()[: order.own_windows().stop]  # the next one may be another rank's
-            place = {int(shard): number for number, shards in enumerate(windows) for shard in shards}
+            place = {shard: number for number, shards in enumerate(windows) for shard in shards.tolist()}
             ahead = -1
             for number, slots in enumerate(order.steps(step), start=step):
-                reached = max(place[int(shard)] for shard in slots[:, 0])
+                reached = max(place[shard] for shard in slots[:, 0].tolist())
                 if reached > ahead:
                     self._read_ahead(windows[reached : reached + 2], view)
                     ahead = reached
@@ -177,7 +177,7 @@ class Feed:
     def _task(
         self, slots: npt.NDArray[np.int64], view: int, epoch: int, step: int
     ) -> tuple[RenderTask, Nodes]:
-        units = {int(shard): self._unit(int(shard), view).result() for shard in np.unique(slots[:, 0])}
+        units = {shard: self._unit(shard, view).result() for shard in sorted(set(slots[:, 0].tolist()))}
         pairs = np.empty((len(slots), 2), np.int64)
         for number, content in units.items():
             here = slots[:, 0] == number
