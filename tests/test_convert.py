@@ -124,6 +124,7 @@ def test_backends_back_and_forth_give_the_first_cache(half: Path, exact: Path, t
         do(there, back, backend="zarr")
         assert content(back) == content(source)
         assert open_cache(str(there)).manifest.block_samples == 5
+        assert do(source, there, backend="webdataset").units_to_convert == 0  # and blocks stay as they are
 
 
 def test_same_command_resumes_another_one_is_refused(exact: Path, tmp_path: Path) -> None:

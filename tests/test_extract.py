@@ -255,6 +255,23 @@ def test_other_weights_images_and_libraries_are_refused(
     assert "versions.numpy" not in str(refused.value)
 
 
+def test_a_cache_keeps_its_blocks_and_its_version(make: MakeConfig, tmp_path: Path) -> None:
+    """Where nobody asks for others: those of a cache that an older release began."""
+    blocks = {"backend": "webdataset", "dtype": "uint8"}
+    run(make(cache=blocks | {"block_samples": 20}))
+    made = opened(make()).manifest
+    create_cache(str(tmp_path / "old"), dataclasses.replace(made, format_version=1), opened_head(make()))
+    old = {"url": str(tmp_path / "old")} | blocks
+    assert run(make(cache=old)).units_published == NUM_SHARDS
+    assert opened(make(cache=old)).manifest == dataclasses.replace(made, format_version=1)
+    with pytest.raises(CacheMismatchError, match="block_samples: 20 in the cache, 21 asked for"):
+        run(make(cache=old | {"block_samples": 21}))
+
+
+def opened_head(config: Config) -> dict[str, torch.Tensor]:
+    return dict(zip(("weight", "bias"), opened(config).head() or (), strict=True))
+
+
 # ---------------------------------------------------------------------------------------------------- dtypes and nodes
 
 
@@ -288,7 +305,8 @@ def test_codecs_of_the_cache_are_kept_and_others_refused_without_measuring(
 def test_dtypes_and_nodes_store_what_the_teacher_gives(make: MakeConfig, tmp_path: Path) -> None:
     nodes = ("pooled", "logits", "feature_map")
     codecs = {
-        "float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "uint8": "sqrt_uint8"
+        "float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "uint8": "sqrt_uint8",
+        "uint4": "sqrt_uint4",
     }  # fmt: skip
     found = {}
     for dtype, codec in codecs.items():
@@ -297,7 +315,7 @@ def test_dtypes_and_nodes_store_what_the_teacher_gives(make: MakeConfig, tmp_pat
         manifest = opened(config).manifest
         assert [(node.name, node.dtype) for node in manifest.nodes] == [(name, dtype) for name in nodes]
         assert manifest.node("pooled").codec == codec
-        assert manifest.node("logits").codec == ("token_int8" if dtype == "uint8" else codec)
+        assert manifest.node("logits").codec == ("token_int8" if dtype in ("uint8", "uint4") else codec)
         found[dtype] = opened(config).read(0, 0)
     exact = found["float32"]
     head = opened(config).head()

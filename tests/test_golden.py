@@ -1,4 +1,4 @@
-"""Caches that format version 1 has written open for ever, and what a later release may add to it hurts nobody."""
+"""Caches of format versions 1 and 2 open for ever, and what a later release may add to one hurts nobody."""
 
 import hashlib
 import io
@@ -36,6 +36,15 @@ FINGERPRINTS = {
     "tokens": "f889e41693bfd68923eb77d04799219855c06ef13e29051cce9e4caf787cd8bf",
 }
 TREE = "913e4b0f9d6aa4ef3a0a88bd02021d0df7790b1e698ab25bc47b8c1fb6421bdc"
+V2 = V1.parent / "v2"
+FINGERPRINTS_V2 = {
+    "zarr": "7165294381c0132db30e370caaa3bfc43cd1f336a785e844c9b3863d4eabecbe",
+    "webdataset": "20a50b77d6acaaee22c81b4c7eca35c38380f4365c7b9b7e360fe2ae8e1ef5b2",
+    "tokens": "dff5f4f95da9326a185869661178165ed81a5bef650e649fbd7928eb424c89a3",
+    "uint4": "18751c52952376213bc76216efa7b8a4193c6590f858e446b767ff56cb8e7058",
+}
+TREE_V2 = "7d316c071a4b19de2503436c8d6bc7fa55f0dceab9063befaad0ee1f24cb1915"
+UINT4_VALUES = "f5a59e5de4939e6498d678a741cc8e5542e0c56962f99ffef378cf060d52c81c"
 cache_names = pytest.mark.parametrize("name", CACHES)
 
 
@@ -46,12 +55,13 @@ def expected(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return json.loads((V1 / f"{name}.json").read_text(encoding="utf-8")), values
 
 
-def test_nobody_has_changed_it() -> None:
+@pytest.mark.parametrize(("root", "digest"), [(V1, TREE), (V2, TREE_V2)])
+def test_nobody_has_changed_it(root: Path, digest: str) -> None:
     tree = hashlib.sha256()
-    for path in sorted(path for path in V1.rglob("*") if path.is_file()):
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
-        tree.update(f"{path.relative_to(V1).as_posix()} {content}\n".encode())
-    assert tree.hexdigest() == TREE, "a golden cache is never made again: a new format version gets one of its own"
+        tree.update(f"{path.relative_to(root).as_posix()} {content}\n".encode())
+    assert tree.hexdigest() == digest, "a golden cache is never made again: a new format version gets one of its own"
 
 
 @cache_names
@@ -127,10 +137,43 @@ def test_a_plain_reader_sees_the_same(name: str) -> None:
             np.testing.assert_array_equal(np.concatenate(parts), values[f"{where} {node['name']}"])
 
 
-@cache_names
-def test_it_is_sound_and_of_its_data(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", FINGERPRINTS_V2)
+def test_version_2_holds_the_same(name: str) -> None:
+    cache = open_cache(str(V2 / name))
+    first = open_cache(str(V1 / cache_of_version_1(name)))
+    assert (cache.fingerprint, cache.manifest.format_version) == (FINGERPRINTS_V2[name], 2)
+    assert cache.units == first.units
+    values = hashlib.sha256()
+    for unit_id in cache.units:
+        unit, old = cache.read(unit_id), first.read(unit_id)
+        assert (unit.keys, cache.record(*unit_id).broken) == (old.keys, first.record(*unit_id).broken)
+        assert unit.columns.keys() == old.columns.keys()
+        for column, stored in old.columns.items():
+            assert unit.columns[column].dtype == stored.dtype
+            np.testing.assert_array_equal(unit.columns[column], stored)
+        for spec in cache.manifest.nodes:
+            if spec.layout == "tokens":
+                assert torch.equal(unit.tokens(spec.name).dense(), old.tokens(spec.name).dense())
+                np.testing.assert_array_equal(unit.tokens(spec.name).places(), old.tokens(spec.name).places())
+            elif name != "uint4":
+                assert torch.equal(unit.node(spec.name), old.node(spec.name))
+            else:
+                far = (unit.node(spec.name) - old.node(spec.name)).abs()
+                assert (far <= unit.rounding(spec.name) * (1 + 1e-5)).all()
+                values.update(unit.node(spec.name).numpy().tobytes())
+    assert name != "uint4" or values.hexdigest() == UINT4_VALUES
+
+
+def cache_of_version_1(name: str) -> str:
+    """Which one a cache of version 2 was converted from."""
+    return "zarr" if name == "uint4" else name
+
+
+@pytest.mark.parametrize("url", [*(V1 / name for name in CACHES), *(V2 / name for name in FINGERPRINTS_V2)])
+def test_it_is_sound_and_of_its_data(url: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = V1 / SOURCES[cache_of_version_1(url.name)]
     with pytest.raises(SystemExit) as done:
-        main(["verify", str(V1 / name), "--source", str(V1 / SOURCES[name]), "--json"])
+        main(["verify", str(url), "--source", str(source), "--json"])
     document = json.loads(capsys.readouterr().out)
     assert (done.value.code, document["verdict"], document["findings"]) == (0, "sound", [])
 
