@@ -57,7 +57,9 @@ class Report:
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name = name
-        self.settings = {key: value for key, value in vars(options).items() if key not in ("output", "scratch")}
+        places = ("output", "scratch", "table")
+        self.settings = {key: value for key, value in vars(options).items() if key not in places}
+        self._as_table = getattr(options, "table", False)
         self.measurements: dict[str, dict[str, Any]] = {}
         self.ratios: dict[str, dict[str, Any]] = {}
         self.facts: dict[str, Any] = {}
@@ -82,13 +84,8 @@ class Report:
 
     def show(self) -> None:
         """Tables on stdout."""
-        rows = [[name, found["unit"], *_cells(found)] for name, found in self.measurements.items()]
-        console.show_table(f"{self.name}: measured", ["what", "unit", "median", "min", "max", "n"], rows)
-        rows = [
-            [name, *_cells(found), found.get("target", ""), {True: "yes", False: "NO"}.get(found.get("met"), "")]
-            for name, found in self.ratios.items()
-        ]
-        console.show_table(f"{self.name}: ratios", ["ratio", "median", "min", "max", "n", "target", "met"], rows)
+        console.show_table(f"{self.name}: measured", *self._measured())
+        console.show_table(f"{self.name}: ratios", *self._related())
         if self.facts:
             console.show_table(f"{self.name}: facts", ["what", "value"], [[k, _text(v)] for k, v in self.facts.items()])
 
@@ -109,14 +106,53 @@ class Report:
             "facts": self.facts,
         } | ({"curves": self.curves} if self.curves else {})
 
+    def to_markdown(self) -> str:
+        """The tables of `show`, with what they were measured on and how to repeat them."""
+        found = self.to_json()
+        machine, load = found["hardware"], found["load_average"]
+        where = f"{machine['cores']} cores, {machine['cpu']}"
+        where += f", {machine['gpu']}" if machine.get("gpu") else ", no GPU"
+        given = {name: value for name, value in self.settings.items() if value not in ("", None, False)}
+        settings = ", ".join(f"{name} {value}" for name, value in given.items())
+        lines = [
+            f"# {self.name}",
+            "",
+            f"{found['date'][:10]}, commit {found['commit'][:7]}, {where}, torch {found['versions']['torch']}, load "
+            f"{load[0] if load else 'unknown'} at the end. Every repetition is in the JSON file of the same name; what "
+            "is measured, and how, in [README.md](../README.md).",
+            "",
+            f"Settings: {settings}.",
+        ]
+        for title, rows in (("measured", self._measured()), ("ratios", self._related())):
+            head, body = rows
+            if body:
+                lines += ["", f"## {title}", "", _row(head), _row(["---"] * len(head)), *map(_row, body)]
+        if self.facts:
+            lines += ["", "## facts", "", _row(["what", "value"]), _row(["---", "---"])]
+            lines += [_row([name, _text(value)]) for name, value in self.facts.items()]
+        return "\n".join(lines) + "\n"
+
     def finish(self, output: str) -> None:
-        """Show the tables, and write the JSON document where `output` names a file."""
+        """Show the tables; write the JSON document where `output` names a file, and under --table the tables beside it."""
         self.show()
         if output:
             path = Path(output)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, json.dumps(self.to_json(), indent=1).encode() + b"\n")
+            if self._as_table:
+                write_atomic(path.with_suffix(".md"), self.to_markdown().encode())
             console.say(f"{self.name}: written to {output}")
+
+    def _measured(self) -> tuple[list[str], list[list[str]]]:
+        rows = [[name, found["unit"], *_cells(found)] for name, found in self.measurements.items()]
+        return ["what", "unit", "median", "min", "max", "n"], rows
+
+    def _related(self) -> tuple[list[str], list[list[str]]]:
+        rows = [
+            [name, *_cells(found), found.get("target", ""), {True: "yes", False: "NO"}.get(found.get("met"), "")]
+            for name, found in self.ratios.items()
+        ]
+        return ["ratio", "median", "min", "max", "n", "target", "met"], rows
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -145,6 +181,7 @@ def parser(description: str, *, repetitions: int) -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=0, help="torch threads; 0: torch's own choice")
     made.add_argument("--seed", type=int, default=0, help="seed of the made data")
     made.add_argument("--output", default="", metavar="FILE", help="write the JSON result there")
+    made.add_argument("--table", action="store_true", help="write the tables beside it, as Markdown")
     made.add_argument("--scratch", default=None, metavar="DIR", help="where made data may lie; default: a new folder")
     made.add_argument("--tiny", action="store_true", help="small enough for a test: shows that it runs, nothing more")
     return made
@@ -218,6 +255,10 @@ def commit() -> tuple[str, bool]:
 
 def _cells(found: Mapping[str, Any]) -> list[str]:
     return [*(f"{found[name]:.4g}" for name in ("median", "min", "max")), str(len(found["values"]))]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
 def _text(value: object) -> str:
