@@ -1,8 +1,9 @@
 """A training step never asks the device for a number: the host would wait for it, and the GPU then for the host.
 
 Without a GPU the law is checked where such a question shows on any device: in the operators that turn a tensor's
-content into a Python value or a shape, and in the methods that bring a tensor to the host. What asks on a CPU only, where
-nobody waits, or is known to ask, stands in a list, with the words in its source that say so. With a GPU, CUDA tells.
+content into a Python value or a shape, and in the methods that bring a tensor to the host. What asks on a CPU only,
+where nobody waits, or is known to ask, stands in a list, with the words in its source that say so. With a GPU, CUDA
+tells.
 """
 
 import inspect

@@ -42,17 +42,19 @@ def orthonormal_factor(matrix: Tensor) -> Tensor:
 
 @torch.library.custom_op("vkd_cache::orthonormal", mutates_args=())
 def _factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """(Q, R^-1), both in the precision of `matrix`."""
+    """(Q, R), both in the precision of `matrix`."""
     with torch.autocast(matrix.device.type, enabled=False):
         wide = matrix.shape[0] < matrix.shape[1]
         tall = (matrix.mT if wide else matrix).to(torch.float64)
-        upper, failed = torch.linalg.cholesky_ex(tall.mT @ tall, upper=True)
-        if matrix.is_cpu and _is_doubtful(upper, failed):
-            factor, inverse = _with_care(tall)
+        lower, failed = torch.linalg.cholesky_ex(tall.mT @ tall)
+        upper = lower.mT
+        if not matrix.is_cpu:
+            factor = _divided(tall, upper.where(failed == 0, float("nan")))
+        elif _is_doubtful(upper, failed):
+            factor, upper = _with_care(tall)
         else:
-            inverse = _inverse(upper).where(failed == 0, float("nan"))
-            factor = tall @ inverse
-        return _laid_out(factor.mT if wide else factor, matrix.dtype), _laid_out(inverse, matrix.dtype)
+            factor = _divided(tall, upper)
+        return _laid_out(factor.mT if wide else factor, matrix.dtype), _laid_out(upper, matrix.dtype)
 
 
 @_factor.register_fake
@@ -62,19 +64,19 @@ def _(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("vkd_cache::orthonormal_backward", mutates_args=())
-def _factor_backward(gradient: Tensor, factor: Tensor, inverse: Tensor) -> Tensor:
+def _factor_backward(gradient: Tensor, factor: Tensor, upper: Tensor) -> Tensor:
     """The gradient with respect to the matrix, by the formula at the top of this module."""
     with torch.autocast(gradient.device.type, enabled=False):
         wide = factor.shape[0] < factor.shape[1]
         outer, tall = (gradient.mT, factor.mT) if wide else (gradient, factor)
-        lower = (outer.mT @ tall).tril()
+        lower = (outer.mT @ tall).tril_()
         mirrored = lower + lower.tril(-1).mT
-        result = (outer @ inverse.mT).sub_(tall @ (mirrored @ inverse.mT))
+        result = _divided(torch.addmm(outer, tall, mirrored, alpha=-1), upper.mT, lower=True)
         return _laid_out(result.mT if wide else result, gradient.dtype)
 
 
 @_factor_backward.register_fake
-def _(gradient: Tensor, factor: Tensor, inverse: Tensor) -> Tensor:
+def _(gradient: Tensor, factor: Tensor, upper: Tensor) -> Tensor:
     return gradient.new_empty(factor.shape)
 
 
@@ -83,18 +85,19 @@ def _save_for_backward(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, ..
 
 
 def _backward(ctx: Any, gradient: Tensor, *_unused: Tensor) -> Tensor:
-    factor, inverse = ctx.saved_tensors
-    result: Tensor = _factor_backward(gradient, factor, inverse)
+    factor, upper = ctx.saved_tensors
+    result: Tensor = _factor_backward(gradient, factor, upper)
     return result
 
 
 _factor.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _inverse(upper: Tensor) -> Tensor:
-    identity = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)
-    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
-    return inverse
+def _divided(tall: Tensor, triangle: Tensor, *, lower: bool = False) -> Tensor:
+    """X (m, n) with X T = A for a triangular T (n, n)."""
+    # written as T^T X^T = A^T: this is how the libraries lay matrices out, and it saves copies
+    quotient: Tensor = torch.linalg.solve_triangular(triangle.mT, tall.mT, upper=lower)
+    return quotient.mT
 
 
 def _is_doubtful(upper: Tensor, failed: Tensor) -> bool:
@@ -103,7 +106,7 @@ def _is_doubtful(upper: Tensor, failed: Tensor) -> bool:
 
 
 def _with_care(tall: Tensor) -> tuple[Tensor, Tensor]:
-    """(Q, R^-1) of a tall matrix by reflections, which need no full rank."""
+    """(Q, R) of a tall matrix by reflections, which need no full rank."""
     if not bool(tall.isfinite().all()):
         return torch.full_like(tall, float("nan")), tall.new_full((tall.shape[1],) * 2, float("nan"))
     factor, upper = torch.linalg.qr(tall)
@@ -112,7 +115,7 @@ def _with_care(tall: Tensor) -> tuple[Tensor, Tensor]:
     pivots = upper.diagonal()
     largest = pivots.max()
     pivots.copy_(pivots.clamp_min(torch.where(largest > 0, largest * _SMALLEST_PIVOT, 1.0)))
-    return factor * signs, _inverse(upper)
+    return factor * signs, upper
 
 
 def _laid_out(values: Tensor, dtype: torch.dtype) -> Tensor:

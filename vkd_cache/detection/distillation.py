@@ -8,15 +8,16 @@ Shape legend: b images, T valid tokens of all images, n and m valid and kept tok
 images and processes, C channels (Cs student's, Ct teacher's).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from vkd_cache.detection.moments import Moments, joint_moments, num_processes, stored_moments, token_moments
+from vkd_cache.detection.moments import Moments, centred_tokens, joint_moments, num_processes, stored_moments
 from vkd_cache.errors import ConfigError
-from vkd_cache.losses import token_distance
+from vkd_cache.losses import feature_loss, token_distance
 from vkd_cache.normalisation import full_precision
 from vkd_cache.projector import OrthogonalProjector
 from vkd_cache.tokens import Tokens, to_device
@@ -39,9 +40,9 @@ class TokenProjector(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        projected: Tensor = self.projector(tokens)
+        weight = self.projector.weight
         with torch.autocast(tokens.device.type, enabled=False):
-            return projected * self.weight + self.bias
+            return F.linear(tokens.to(weight.dtype), weight * self.weight[:, None], self.bias)
 
 
 class TokenProjectors(nn.Module):
@@ -100,43 +101,56 @@ def detection_feature_loss(
     Raises:
         ConfigError: a node on one side only, another number of tokens or channels, or an unknown kind.
     """
-    distance = token_distance(kind)
     _check(student, teacher)
     names = sorted(teacher)
     with torch.autocast(student[names[0]].device.type, enabled=False):
-        values = {name: full_precision(student[name]) for name in names}
-        own = [token_moments(values[name]) for name in names]
+        centred = [centred_tokens(full_precision(student[name])) for name in names]
+        own = [moments for _, moments in centred]
         joint = joint_moments(own + [stored_moments(teacher[name]) for name in names])
-        students, teachers = joint[: len(names)], joint[len(names) :]
-        terms = [
-            _term(values[name], teacher[name], of_student, of_teacher, distance=distance, eps=eps)
-            for name, of_student, of_teacher in zip(names, students, teachers, strict=True)
-        ]
+        terms = []
+        for number, (name, (values, here)) in enumerate(zip(names, centred, strict=True)):
+            of_student, of_teacher = joint[number], joint[number + len(names)]
+            scale = 1 / (of_student.deviation() + eps)
+            shift = None if of_student is here else (here.mean - of_student.mean) * scale
+            tokens = teacher[name]
+            target = _target(tokens, of_teacher, values.dtype, eps)
+            summed = _summed_distance(_picked(values, tokens), target, scale, shift, tokens, kind)
+            terms.append(summed * (num_processes() / of_student.number.clamp_min(1)))
         return torch.stack(terms).sum()
 
 
-def _term(
-    values: Tensor,
+def _picked(values: Tensor, tokens: Tokens) -> Tensor:
+    """The student's tokens (T, C) at the places of the teacher's, where these are a sample."""
+    if tokens.index is None:
+        return values
+    return values.index_select(0, to_device(torch.from_numpy(tokens.places()), values.device))
+
+
+def _target(tokens: Tokens, moments: Moments, dtype: torch.dtype, eps: float) -> Tensor:
+    """The teacher's standardised tokens; 0 in a channel that is constant to half precision."""
+    deviation = moments.deviation()
+    size = (moments.mean.square() + deviation.square()).sqrt()
+    scale = (1 / (deviation + eps)).masked_fill(deviation <= _CONSTANT * size, 0).to(dtype)
+    return (tokens.dense().to(dtype) - moments.mean.to(dtype)).mul_(scale)
+
+
+def _summed_distance(
+    centred: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
     tokens: Tokens,
-    of_student: Moments,
-    of_teacher: Moments,
-    *,
-    distance: Callable[[Tensor, Tensor], Tensor],
-    eps: float,
+    kind: str,
 ) -> Tensor:
-    """This process's share of one node's mean distance, times the number of processes."""
-    sampled = tokens.index is not None
-    if sampled:
-        values = values.index_select(0, to_device(torch.from_numpy(tokens.places()), values.device))
-    student = (values - of_student.mean) / (of_student.deviation() + eps)
-    deviation = of_teacher.deviation()
-    size = (of_teacher.mean.square() + deviation.square()).sqrt()
-    target = (tokens.dense().to(values.dtype) - of_teacher.mean) / (deviation + eps)
-    each = distance(student, target.masked_fill(deviation <= _CONSTANT * size, 0))
-    if sampled:
+    """The sum over all valid tokens of the distance between standardised ones, estimated where they are a sample."""
+    student = centred * scale if shift is None else torch.addcmul(shift, centred, scale)
+    if tokens.index is None and len(student):
+        return feature_loss(kind)(student, target) * len(student)
+    each = token_distance(kind)(student, target)
+    if tokens.index is not None:
         weights = np.repeat(tokens.counts / tokens.kept, tokens.kept).astype(np.float32)
         each = each * to_device(torch.from_numpy(weights), each.device)
-    return each.sum() * (num_processes() / of_student.number.clamp_min(1))
+    return each.sum()
 
 
 def _check(student: Mapping[str, Tensor], teacher: Mapping[str, Tokens]) -> None:

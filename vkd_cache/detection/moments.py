@@ -32,13 +32,30 @@ class Moments(NamedTuple):
         return variance.masked_fill(constant, 1).sqrt().masked_fill(constant, 0)
 
 
-def token_moments(values: Tensor) -> Moments:
-    """Moments of tokens (T, C) that are all here, differentiable; all 0 where there is none."""
-    if len(values) == 0:  # a process without images, which takes part in the others' exchange, backward too
-        zero = values.sum(0)
-        return Moments(number=values.new_zeros(()), mean=zero, spread=zero)
-    variance, mean = torch.var_mean(values, dim=0, correction=0)
-    return Moments(number=values.new_full((), len(values)), mean=mean, spread=variance * len(values))
+def centred_tokens(values: Tensor) -> tuple[Tensor, Moments]:
+    """Tokens (T, C) that are all here less their mean, and their moments; differentiable; all 0 where there is none.
+
+    Few passes over the tokens, forwards and backwards: they are the largest thing that distillation adds to a step.
+    """
+    centred, mean, spread = _Centred.apply(values)
+    return centred, Moments(number=values.new_full((), len(values)), mean=mean, spread=spread)
+
+
+class _Centred(torch.autograd.Function):
+    """(centred, mean, spread); no tokens give sums of zero: that process takes part in the others' exchange."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean = values.sum(0) / max(1, len(values))
+        centred = values - mean
+        ctx.save_for_backward(centred)
+        return centred, mean, centred.square().sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, of_centred: Tensor, of_mean: Tensor, of_spread: Tensor) -> Tensor:
+        (centred,) = ctx.saved_tensors
+        same_for_all = (of_mean - of_centred.sum(0)) / max(1, len(centred))  # centred tokens add up to 0
+        return torch.addcmul(of_centred, centred, 2 * of_spread).add_(same_for_all)
 
 
 def stored_moments(tokens: Tokens) -> Moments:
