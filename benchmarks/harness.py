@@ -133,7 +133,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def finish(self, output: str) -> None:
-        """Show the tables; write the JSON document where `output` names a file, and under --table the tables beside it."""
+        """Show the tables; where `output` names a file, write the JSON there, and the tables beside it (--table)."""
         self.show()
         if output:
             path = Path(output)
