@@ -21,20 +21,22 @@ from vkd_cache.cache.units import UnitId
 from vkd_cache.cache.writer import CacheWriter, check_same, create_cache
 from vkd_cache.config import Config
 from vkd_cache.errors import SourceError
-from vkd_cache.sources import Source, source_identity
+from vkd_cache.sources import Source, is_detection, source_identity
 from vkd_cache.stages.extract_checks import nodes_to_store
 from vkd_cache.stages.extract_job import ExtractJob
 from vkd_cache.stages.extract_plan import ExtractPlan
 from vkd_cache.stages.extract_size import view_bytes
 from vkd_cache.stages.planning_process import Memory
-from vkd_cache.stages.planning_sample import Place, part_of, sampled_places
+from vkd_cache.stages.planning_sample import Place, first_places, part_of, sampled_places
 from vkd_cache.stages.planning_sizes import UnitSize, unit_sizes
-from vkd_cache.stages.planning_speed import MIN_BATCHES, Speed, fitting, with_batch_size
+from vkd_cache.stages.planning_speed import FIRST_BATCH, MIN_BATCHES, Speed, fitting, with_batch_size
 from vkd_cache.stages.ranks import take_device
 from vkd_cache.stages.teaching import TeacherRun, memory_told, start_teacher
 from vkd_cache.teachers import load_teacher
 from vkd_cache.views.recipe import make_recipe
 
+PROBED = 256  # images that an extraction measures stored types on
+_PROBE_SHARE = 0.5  # of the time to measure for, that may go into it here
 _UNITS = 12  # of the sample, about: the rate is taken between two of them
 
 
@@ -167,7 +169,8 @@ class _Begin:
         batch_size: of the batches that an extraction would have.
         speed: of one batch.
         manifest: of the cache that would be written.
-        aside_s: seconds that went into finding out the speed, which an extraction does not.
+        aside_s: seconds that an extraction does not take up to here: they went into finding out the speed. Less those
+            that it takes for measuring stored types on more images than here.
         host_bytes: peak memory before any batch.
         per_unit: batches of a unit of the sample.
         num_units: of the sample, about.
@@ -201,8 +204,10 @@ def _begin(request: ExtractRequest) -> _Begin:
     aside_s = time.monotonic() - begun
 
     where = dataclasses.replace(config.cache, url=config.cache.url or request.folder)
-    plan = ExtractPlan(config=dataclasses.replace(config, cache=where), source=source, recipe=recipe, run=run)
-    manifest = plan.manifest(existing)
+    probed, unprobed = _probed(source, int(_PROBE_SHARE * request.seconds / speed.teacher_s))
+    plan = ExtractPlan(config=dataclasses.replace(config, cache=where), source=probed, recipe=recipe, run=run)
+    manifest = dataclasses.replace(plan.manifest(existing), dataset=source_identity(source).to_json())
+    measures = any(spec.measured for spec in manifest.nodes) and existing is None
     if existing is not None and request.known:
         check_same(existing.url, existing.manifest, Manifest.from_json(manifest.to_json()))
     view_s = speed.view_s(config, device.type == "cuda")
@@ -213,12 +218,21 @@ def _begin(request: ExtractRequest) -> _Begin:
         batch_size=batch_size,
         speed=speed,
         manifest=manifest,
-        aside_s=aside_s,
+        aside_s=aside_s - (unprobed * speed.teacher_s if measures else 0.0),
         host_bytes=memory.host_bytes,
         per_unit=per_unit,
         num_units=-(-batches // per_unit),
         tail=-(-2 * config.extract.workers // per_unit),
     )
+
+
+def _probed(source: Source, count: int) -> tuple[Source, int]:
+    """What stored types are measured on: all of `source`, of which it takes PROBED images, or `count` of them if those
+    are fewer; and how many fewer. A detector's images have so many tokens that a few are enough."""
+    if is_detection(source) or count >= PROBED:
+        return source, 0
+    count = max(FIRST_BATCH, count)
+    return part_of(source, first_places(source, count)), PROBED - count
 
 
 def _extract_sample(request: ExtractRequest, begin: _Begin) -> tuple[list[Place], list[tuple[float, int]], Cache]:

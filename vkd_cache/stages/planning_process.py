@@ -5,7 +5,9 @@ libraries are loaded only once.
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -75,6 +77,7 @@ def _death(what: str, exit_code: int | None) -> Exception:
 
 
 def _serve(line: Connection, work: Callable[[Any, float], Any], request: Any, started: float) -> None:
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     console.set_quiet(True)
     warnings.simplefilter("ignore")  # the commands themselves will say it
     try:
@@ -83,6 +86,12 @@ def _serve(line: Connection, work: Callable[[Any, float], Any], request: Any, st
         answer = error
     line.send(answer)
     line.close()
+
+
+def _end_with(parent: Any) -> None:
+    """A measurement for a process that was killed is for nobody."""
+    parent.join()
+    os._exit(1)
 
 
 class Memory:
