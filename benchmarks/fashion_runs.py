@@ -68,7 +68,7 @@ class Setting:
     epochs: int = 48
     lr: float = 8e-3
     batch_size: int = 40
-    feature_weight: float = 4.0
+    feature_weight: float = 40.0
     logit_weight: float = 4.0
     seed: int = 0
 
