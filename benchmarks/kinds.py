@@ -10,7 +10,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,19 +22,29 @@ from vkd_cache.cli import guarded
 from vkd_cache.config import Config, load_config
 from vkd_cache.runtime import JobSplit, peak_memory_bytes
 from vkd_cache.stages.feed import FedBatch
-from vkd_cache.stages.joining import Part, joined_nodes
-from vkd_cache.stages.learner import step_seed
+from vkd_cache.stages.joining import Nodes, Part, joined_nodes
+from vkd_cache.stages.learner import Learner, step_seed
 from vkd_cache.stages.run import Run, prepare_run
+from vkd_cache.stages.supply import nodes_on_device
 
 Overrides = Mapping[str, Mapping[str, object]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kind:
-    """One kind of step: its configuration, and whether its teacher is in memory."""
+    """One kind of step.
+
+    Attributes:
+        config: its configuration.
+        live: whether its teacher is in memory.
+        timm: whether timm's feature distillation takes the steps; `config` is one without distillation then.
+        joined_from: a cache of `made_cache`, from which its features are joined instead of its own.
+    """
 
     config: Overrides
     live: bool = False
+    timm: bool = False
+    joined_from: str = ""
 
 
 def without_distillation(config: Overrides) -> Kind:
@@ -47,7 +57,7 @@ class Child:
 
     def __init__(self, name: str, kind: Kind, options: argparse.Namespace) -> None:
         self._name = name
-        request = {"config": kind.config, "live": kind.live}
+        request = dataclasses.asdict(kind)
         request |= {"steps": options.steps, "batches": options.batches, "threads": options.threads}
         self._process = subprocess.Popen(
             [sys.executable, str(ROOT / "benchmarks" / "kinds.py"), json.dumps(request)],
@@ -107,7 +117,10 @@ def measure_kinds(kinds: Mapping[str, Kind], options: argparse.Namespace, report
         pixels = {child.ready["pixels"] for child in children.values()}
         require(len(pixels) == 1, f"step: the kinds were given different pixels: {pixels}")
         steps: dict[str, Callable[[], float]] = {f"step, {name}": child.repetition for name, child in children.items()}
-        report.measure("s", interleave("step", steps, options.repetitions))
+        found = interleave("step", steps, options.repetitions)
+        report.measure("s", found)
+        rates = {name: [options.batch_size / seconds for seconds in found[f"step, {name}"]] for name in children}
+        report.measure("images/s", {f"rate, {name}": rate for name, rate in rates.items()})
         for name, child in children.items():
             own = child.last["peak_bytes"] - child.ready["before_bytes"]  # without Python and libraries
             report.measure("MiB", {f"peak memory, {name}": [own / 2**20]})
@@ -140,11 +153,15 @@ class Joined:
 class Steps:
     """One kind's student with its batches in memory."""
 
-    def __init__(self, config: Config, *, live: bool, count: int) -> None:
+    def __init__(self, kind: Kind, count: int) -> None:
+        config = load_config(None, kind.config)
         self._run: Run = prepare_run(config, JobSplit())
-        self._supply = self._run.supply(live=live)
-        self._learner = self._run.learner(self._supply)
+        self._supply = self._run.supply(live=kind.live)
+        learner = self._run.learner(self._supply)
         self._device = self._run.device
+        self._learner = _timm_learner(config, learner, self._device) if kind.timm else learner
+        self._on_gpu = self._device.type == "cuda"
+        self._joined = _joined_batches(kind.joined_from, config, self._on_gpu) if kind.joined_from else None
         with self._run.feed(self._supply) as feed:
             batches = list(feed.batches(epoch=0, step=0, workers=0))
         require(len(batches) == count, f"step: {len(batches)} batches were fed, expected {count}")
@@ -187,11 +204,32 @@ class Steps:
 
     def _one(self) -> dict[str, torch.Tensor]:
         joined, pixels = self._batches[self._step % len(self._batches)]
-        batch = joined.again(self._supply.nodes)
+        batch, _ = nodes_on_device(self._with_nodes(joined), self._device)
         train = self._run.config.train
         terms = self._learner.step([(batch, pixels)], self._supply, train.lr, step_seed(train.seed, self._step, 0))
         self._step += 1
         return terms
+
+    def _with_nodes(self, joined: Joined) -> FedBatch:
+        """The batch with what its feed would have joined, in pinned memory for a GPU."""
+        if self._joined is not None:
+            return dataclasses.replace(joined.batch, nodes=next(self._joined))
+        batch = joined.again(self._supply.nodes)
+        if not self._on_gpu:
+            return batch
+        return dataclasses.replace(batch, nodes={name: values.pin_memory() for name, values in batch.nodes.items()})
+
+
+def _timm_learner(config: Config, learner: Learner, device: torch.device) -> Any:
+    from timm_task import TimmLearner  # no other kind has timm's tasks in its memory
+
+    return TimmLearner(config, learner, device)
+
+
+def _joined_batches(url: str, config: Config, pin_memory: bool) -> Iterator[Nodes]:
+    from made_cache import joined_batches
+
+    return joined_batches(url, config.train.batch_size, pin_memory=pin_memory)
 
 
 def serve() -> int:
@@ -200,7 +238,8 @@ def serve() -> int:
     if request["threads"]:
         torch.set_num_threads(request["threads"])
     before = peak_memory_bytes()
-    steps = Steps(load_config(None, request["config"]), live=request["live"], count=request["batches"])
+    kind = Kind(**{field.name: request[field.name] for field in dataclasses.fields(Kind)})
+    steps = Steps(kind, request["batches"])
     steps.timed(1)
     _say({"pixels": steps.pixels, "before_bytes": before})
     for line in sys.stdin:

@@ -45,7 +45,10 @@ MEASURED = {
           for kind in ("none", "jpeg", "lossless")),
         "decode, jpeg 90 444", "decode, delta_zstd", "decode, png 1",
     ],
-    "step": [f"{what}, {kind}" for what in ("step", "peak memory") for kind in ("cache", "plain", "live")],
+    "step": [f"{what}, {kind}" for what in ("step", "rate", "peak memory") for kind in
+             ("cache", "plain", "live", "timm", "large cache")],
+    "orthogonal": ["12x4, QR, Cholesky (shipped)", "12x4, polar, Newton-Schulz",
+                   "linear (no constraint): loss at the end", "cayley: orthonormality error, worst"],
     "detection": [
         *(f"{what}, {kind}" for what in ("step", "peak memory") for kind in
           ("cache", "cache, 10 % int8", "plain", "live")),
@@ -66,7 +69,8 @@ RATIOS = {
     "scaling_workers": ["efficiency, fast with cache, 2 x 1 workers"],
     "pixels": [f"{what}, vkd, {ratio}" for kind in ("jpeg", "lossless") for what, ratio in
                (("training CPU", f"none / {kind}"), ("extraction CPU", f"{kind} / none"))],
-    "step": ["cache / plain", "live / cache", "peak memory, live / cache"],
+    "step": ["cache / plain", "large cache / plain", "live / cache", "timm / cache", "peak memory, timm / cache"],
+    "orthogonal": ["polar, eigenvectors / shipped, 12x4"],
     "detection": ["cache / plain", "live / cache", "live / cache, 10 % int8", "peak memory, live / cache",
                   "bytes, int8, 10 % / float16", "bytes, made tokens / the teacher's, same views",
                   "read / this student's need, int8, 10 %"],
