@@ -4,7 +4,7 @@ A newcomer would call `torch.linalg.qr`: its reflections are slow, its gradient 
 waiting. R is the Cholesky factor of the small Gram matrix A^T A (n = the shorter side), and Q = A R^-1: a handful of
 matrix products and one n x n factorisation, the same on every device, without a look at the numbers from the host. The
 Gram matrix squares the ratio of A's singular values, so all of this is in float64, where Q is orthonormal to 1e-5 for
-ratios up to 100,000; 10,000 AdamW steps from an orthonormal start leave it below 10 (docs/results/speed.md).
+ratios up to 100,000; 10,000 AdamW steps from an orthonormal start leave it below 10 (benchmarks/orthogonal.py).
 
 With G the gradient with respect to Q, and mirror(X) the symmetric matrix with the lower triangle of X:
 
