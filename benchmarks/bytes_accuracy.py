@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from fashion_runs import FashionRuns, Setting, Variant
@@ -28,7 +29,7 @@ TINY = {
 }  # fmt: skip
 PLACES = ("input", "folder", "page")  # of this machine, and so not among the settings that are reported
 EXACT = "float32"
-DTYPES = (EXACT, "float16", "uint8", "uint4")
+DTYPES = "float16,uint8,uint4"
 PLAIN = "no distillation"  # how far a type could fall
 
 
@@ -39,6 +40,7 @@ def main() -> int:
     made.add_argument("--input", required=True, metavar="DIR", help="folder with the four idx.gz files")
     made.add_argument("--folder", default="", metavar="DIR", help="where runs are kept, to go on; empty: nowhere")
     made.add_argument("--page", default="", metavar="FILE", help="write the tables into this Markdown page")
+    made.add_argument("--dtypes", default=DTYPES, help=f"stored types beside {EXACT}, with commas")
     for field in dataclasses.fields(Setting):
         if field.name != "seed":
             name, kind = field.name.replace("_", "-"), type(field.default)
@@ -48,7 +50,8 @@ def main() -> int:
     setting = Setting(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Setting)})
     keep = contextlib.nullcontext(Path(options.folder)) if options.folder else scratch_folder(options)
     with keep as folder:
-        table = compare(FashionRuns(folder.absolute(), Path(options.input), setting), options.repetitions, report)
+        runs = FashionRuns(folder.absolute(), Path(options.input), setting)
+        table = compare(runs, [EXACT, *options.dtypes.split(",")], options.repetitions, report)
     report.finish(options.output)
     if options.page:
         write_part(Path(options.page), table.markdown(), "bytes_accuracy.py")
@@ -56,10 +59,10 @@ def main() -> int:
     return 0
 
 
-def compare(runs: FashionRuns, seeds: int, report: Report) -> Table:
+def compare(runs: FashionRuns, dtypes: Sequence[str], seeds: int, report: Report) -> Table:
     """Students from every type with every seed; the report gets accuracies, sizes, and differences from float32."""
     report.facts["teacher, top-1"] = runs.teacher()["top1"]
-    variants = {dtype: Variant(dtype=dtype) for dtype in DTYPES} | {PLAIN: Variant(feature=False, logit=False)}
+    variants = {dtype: Variant(dtype=dtype) for dtype in dtypes} | {PLAIN: Variant(feature=False, logit=False)}
     top1: dict[str, list[float]] = {name: [] for name in variants}
     with console.track("bytes_accuracy", seeds * len(variants), "students") as progress:
         for seed in range(seeds):
@@ -69,11 +72,11 @@ def compare(runs: FashionRuns, seeds: int, report: Report) -> Table:
                 progress.advance()
     report.measure("top-1, %", top1)
     notes = {PLAIN: ""}
-    for dtype in DTYPES:
+    for dtype in dtypes:
         cache = runs.cache(dtype, variants[dtype].views)
         notes[dtype] = f"{cache['codec']}, {cache['bytes_per_view']:.0f} B a view"
         report.facts[f"{dtype}: bytes per view, everything"] = cache["bytes_per_view"]
-    pairs = [Pair(f"{dtype} costs nothing", dtype, EXACT, equal=True) for dtype in DTYPES if dtype != EXACT]
+    pairs = [Pair(f"{dtype} costs nothing", dtype, EXACT, equal=True) for dtype in dtypes if dtype != EXACT]
     table = Table(top1, [*pairs, Pair("distillation helps", EXACT, PLAIN)], notes)
     for pair in table.pairs:
         report.facts[f"{pair.variant} - {pair.baseline}"] = table.difference(pair)

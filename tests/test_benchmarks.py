@@ -32,7 +32,8 @@ MEASURED = {
     "image_pipeline": [
         *(f"{kind}, {end}" for kind in ("torchvision", "vkd", "fast", "torchvision detection", "vidt", "fast_detection")
           for end in ("8-bit", "float")),
-        *(f"{recipe}: {stage}" for recipe in ("vkd", "fast") for stage in ("read", "decode", "plan", "render", "digest")),
+        *(f"{recipe}: {stage}" for recipe in ("vkd", "fast")
+          for stage in ("read", "decode", "plan", "render", "digest")),
         "fast: colour map",
     ],
     "pipelines": [f"{what}{kind}" for what in ("", "CPU, ") for kind in
@@ -199,6 +200,21 @@ def test_fashion_mnist_tars_are_mixed_readable_and_reproducible(idx_files: Path,
         assert int(source.shards[0].keys[row].rpartition("_")[2]) % 10 == source.shards[0].labels[row]
     assert decode_image(source.read(0, 0)).size == (28, 28)
     assert len({key for shard in source.shards for key in shard.keys}) == 2100
+
+
+def test_accuracy_by_stored_type(idx_files: Path, tmp_path: Path) -> None:
+    output, page = tmp_path / "bytes_accuracy.json", tmp_path / "page.md"
+    page.write_text("# Mine\n", encoding="utf-8")
+    options = ["--tiny", "--seed", "3", "--dtypes", "uint4", "--output", str(output), "--page", str(page)]
+    result = run("bytes_accuracy.py", "--input", str(idx_files), *options)
+    assert result.returncode == 0, result.stderr
+    document = json.loads(output.read_text(encoding="utf-8"))
+    check_origin(document, "bytes_accuracy", str(tmp_path))
+    assert document["measurements"].keys() == {"float32", "uint4", "no distillation"}
+    facts = document["facts"]
+    assert facts["uint4: bytes per view, everything"] < facts["float32: bytes per view, everything"]
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("# Mine\n") and "sqrt_uint4" in text and "uint4 costs nothing" in text
 
 
 def test_fashion_mnist_limit_and_a_second_run(idx_files: Path, tmp_path: Path) -> None:
