@@ -188,7 +188,8 @@ def unmixed(batch: FedBatch, start: int, stop: int) -> FedBatch:
         row=rendered.row[rows],
         mix=None,
     )
-    return dataclasses.replace(batch, rendered=part, nodes={name: node.select(rows) for name, node in batch.nodes.items()})
+    nodes = {name: node.select(rows) for name, node in batch.nodes.items()}
+    return dataclasses.replace(batch, rendered=part, nodes=nodes)
 
 
 def test_the_average_follows_the_weights(tiny_config: Build, small_cache: Path) -> None:
