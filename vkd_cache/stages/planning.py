@@ -252,7 +252,9 @@ class _Planning:
         train = self._config.train
         if isinstance(found, str):
             return StagePlan(stage=kind, batch_size=train.batch_size, problem=found)
-        start_s, epoch_s = self._start_s(found), self._epoch_s(found, trained)
+        start_s, epoch_s = self._open_both_s + found.start_s + found.finish_s, self._epoch_s(found, trained)
+        # the first that was measured has evaluated, too
+        more = next(other.more_host_bytes for other in trained.values() if isinstance(other, TrainFound))
         open_units = min(train.open_shards, len(self._source.shards))
         held = _WINDOWS_OPEN * open_units * self._unit_bytes(model) - sum(unit.plain_bytes for unit in extracted.units)
         return StagePlan(
@@ -264,12 +266,9 @@ class _Planning:
             device=found.device,
             batch_size=train.batch_size,
             measured_batch_size=found.batch_size,
-            host_bytes=found.host_bytes + (round(max(0.0, held)) if kind == CACHED else 0),
+            host_bytes=found.host_bytes + more + (round(max(0.0, held)) if kind == CACHED else 0),
             gpu_bytes=found.gpu_bytes or None,
         )
-
-    def _start_s(self, found: TrainFound) -> float:
-        return self._open_both_s + found.start_s
 
     def _epoch_s(self, found: TrainFound, trained: dict[str, TrainFound | str]) -> float:
         """Seconds of an epoch, with its share of the evaluations and what is saved on the way."""

@@ -46,7 +46,7 @@ class StagePlan:
         images_per_s: in a job that is under way.
         spread: standard error of that, relative; None: too few measurements.
         seconds: of all of it: start, views or steps, evaluations, checkpoints.
-        start_s: of that, what comes before the first view or step.
+        start_s: of that, what comes before the first view or step, or after the last one.
         device: `cpu`, `cuda:0`.
         batch_size: configured.
         measured_batch_size: that the rate was measured with.

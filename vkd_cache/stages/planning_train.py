@@ -17,14 +17,14 @@ from vkd_cache.cache.reader import open_cache
 from vkd_cache.config import MAX_VIEWS, Config
 from vkd_cache.errors import ConfigError
 from vkd_cache.runtime import JobSplit
-from vkd_cache.sources import Source, is_detection
+from vkd_cache.sources import Source
 from vkd_cache.stages.batch_size import BESIDE_A_STUDENT
-from vkd_cache.stages.checkpoints import LAST, save_checkpoint
 from vkd_cache.stages.feed import FedBatch
 from vkd_cache.stages.learner import Learner, step_seed
+from vkd_cache.stages.planning_between import checkpoint_seconds, evaluation_line, finish_seconds
 from vkd_cache.stages.planning_process import Memory, wait_for
-from vkd_cache.stages.planning_sample import Place, first_places, part_of
-from vkd_cache.stages.planning_sizes import Line, line_through
+from vkd_cache.stages.planning_sample import Place, part_of
+from vkd_cache.stages.planning_sizes import Line
 from vkd_cache.stages.ranks import take_device
 from vkd_cache.stages.run import Run, complete_views
 from vkd_cache.stages.supply import Supply
@@ -36,7 +36,6 @@ FIRST_BATCH = 8  # samples of the steps by which it is decided what can be measu
 MIN_STEPS = 6  # that are measured, if a batch can be made as small as that takes
 _SETTLED = 0.01  # relative standard error of the rate at which measuring ends
 _STRETCH_S = 0.5  # between two looks at the clock, which wait for a GPU
-_EVAL_BATCH = {True: 8, False: 128}  # of a detector or not, where the configuration leaves it open
 _EVAL_SHARE = 0.4  # of the time to measure for
 
 Group = list[tuple[FedBatch, torch.Tensor]]
@@ -79,7 +78,9 @@ class TrainFound:
         start_s: seconds from the start of the process to the first step.
         batch_size: of the batches that were measured, at most the configured one.
         device: the student's.
+        finish_s: seconds of what is done at the end of a run: its curves are drawn.
         host_bytes, gpu_bytes: peak memory, see `Memory`; for the configured batch.
+        more_host_bytes: that evaluation, checkpoint and curves take on top of `host_bytes`.
         checkpoint_s: seconds of writing one.
         evaluation: seconds of one by its number of images; None: not measured.
     """
@@ -87,9 +88,11 @@ class TrainFound:
     step_s: float
     spread: float
     start_s: float
+    finish_s: float
     batch_size: int
     device: str
     host_bytes: int
+    more_host_bytes: int
     gpu_bytes: int
     checkpoint_s: float
     evaluation: Line | None
@@ -121,16 +124,24 @@ def measure_training(request: TrainRequest, started: float) -> TrainFound:
     peak, full = Memory(device), request.config.train.batch_size
     smaller, base = next(point for point in reversed(before) if point[0] < batch_size)
     per_sample = (peak.host_bytes - base) / (batch_size - smaller)
+    checkpoint_s = checkpoint_seconds(learner, Path(request.folder))
+    evaluation, eval_s = None, _EVAL_SHARE * request.seconds
+    if request.val is not None:
+        evaluation = evaluation_line(learner, request.val, request.config.eval, sample_s=sample_s, seconds=eval_s)
+    finish_s = finish_seconds(Path(request.folder))
+    end = Memory(device)
     return TrainFound(
         step_s=batch_s * full / batch_size * request.config.train.accumulate,
         spread=spread,
         start_s=began - started - aside_s + max(0.0, first_s - batch_s),
+        finish_s=finish_s,
         batch_size=batch_size,
         device=str(device),
         host_bytes=round(peak.host_bytes + (full - batch_size) * per_sample),
-        gpu_bytes=round(peak.gpu_bytes * full / batch_size),
-        checkpoint_s=_checkpoint_s(learner, Path(request.folder)),
-        evaluation=_evaluation(request, request.val, learner) if request.val is not None else None,
+        more_host_bytes=end.host_bytes - peak.host_bytes,
+        gpu_bytes=round(max(peak.gpu_bytes * full / batch_size, end.gpu_bytes)),
+        checkpoint_s=checkpoint_s,
+        evaluation=evaluation,
     )
 
 
@@ -266,30 +277,3 @@ def _standard_error(values: list[float]) -> float:
     if len(values) < 2:
         return math.nan
     return float(torch.tensor(values, dtype=torch.float64).std()) / math.sqrt(len(values))
-
-
-def _checkpoint_s(learner: Learner, folder: Path) -> float:
-    begun = time.monotonic()
-    learner.is_finite()
-    save_checkpoint(folder / LAST, learner.state())
-    return time.monotonic() - begun
-
-
-def _evaluation(request: TrainRequest, val: Source, learner: Learner) -> Line:
-    """Seconds of an evaluation by its number of images, from two parts of the validation split `val`."""
-    size = request.config.eval.batch_size or _EVAL_BATCH[is_detection(val)]
-    points: list[tuple[float, float]] = []
-    count, total = 2 * size, sum(len(shard.keys) for shard in val.shards)
-    while True:
-        count = min(count, total)
-        begun = time.monotonic()
-        for model in [learner.student, *([learner.ema.module] if learner.ema is not None else [])]:
-            learner.task.evaluate(model, part_of(val, first_places(val, count)), JobSplit(), lambda: None)
-        points.append((float(count), time.monotonic() - begun))
-        if count == total or len(points) > 1:
-            return line_through(points)
-        # the first one started what the next will find there
-        left_s = max(0.0, _EVAL_SHARE * request.seconds)
-        count = max(2 * count, int(count * left_s / points[0][1]))
-
-
