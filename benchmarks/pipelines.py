@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from harness import Report, Stopwatch, Target, interleave, parse, parser, require, scratch_folder
 from loaders import OTHERS, RECIPES, Batches, Job, Loader, Share, make_files, ours, photos, recipe_of
-from processes import cpu_seconds
+from processes import cpu_seconds_since, cpu_times
 
 from vkd_cache.cache.reader import open_cache
 from vkd_cache.cli import guarded
@@ -103,13 +103,13 @@ def taken(batches: Batches, options: argparse.Namespace) -> Iterator[tuple[int, 
         for _ in range(edge):
             require(next(batches, None) is not None, "pipelines: a loader ended at once")
         with Stopwatch() as watch:
-            before = cpu_seconds(os.getpid())
+            before = cpu_times(os.getpid())
             count = 0
             for _ in range(timed):
                 batch = next(batches, None)
                 require(batch is not None and batch.shape[1] == 3, "pipelines: a loader ended early")
                 count += len(batch)  # type: ignore[arg-type]
-            cpu_s = cpu_seconds(os.getpid()) - before
+            cpu_s = cpu_seconds_since(os.getpid(), before)
         yield count, watch, cpu_s
 
 

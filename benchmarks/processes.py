@@ -72,13 +72,18 @@ def tree(main: int) -> list[int]:
     return found
 
 
-def cpu_seconds(main: int) -> float:
-    """CPU seconds that the living processes of `tree` have taken, to the nanosecond."""
-    total = 0.0
+def cpu_times(main: int) -> dict[int, float]:
+    """CPU seconds that each living process of `tree` has taken, to the nanosecond."""
+    found = {}
     for pid in tree(main):
         with contextlib.suppress(OSError):  # it ended meanwhile
-            total += time.clock_gettime((~pid << 3) | 2)  # Linux' clock of another process: CPUCLOCK_SCHED
-    return total
+            found[pid] = time.clock_gettime((~pid << 3) | 2)  # Linux' clock of another process: CPUCLOCK_SCHED
+    return found
+
+
+def cpu_seconds_since(main: int, before: dict[int, float]) -> float:
+    """CPU seconds of `tree` since `before`; of a process that has ended since, nothing is known, or counted."""
+    return sum(seconds - before.get(pid, 0.0) for pid, seconds in cpu_times(main).items())
 
 
 def data_workers(main: int) -> list[int]:

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from harness import Report, Stopwatch, Target, interleave, parse, parser, require
 from made_batches import Work, from_loader, from_pool
-from processes import cpu_seconds
+from processes import cpu_seconds_since, cpu_times
 
 from vkd_cache.cli import guarded
 from vkd_cache.stages.worker_pool import TASKS_AHEAD
@@ -54,11 +54,11 @@ def compare(options: argparse.Namespace, batch_size: int, workers: int, report: 
         with contextlib.closing(batches):  # type: ignore[type-var]
             for number in range(edge):
                 require(int(next(batches)["pixels"][-1, -1, -1, -1]) == number % 256, "worker_pool: a wrong batch")
-            before = cpu_seconds(os.getpid())
+            before = cpu_times(os.getpid())
             with Stopwatch() as watch:
                 for number in range(edge, edge + timed):
                     require(int(next(batches)["pixels"][-1, -1, -1, -1]) == number % 256, "worker_pool: a wrong batch")
-            all_s = cpu_seconds(os.getpid()) - before
+            all_s = cpu_seconds_since(os.getpid(), before)
         cpu_us.setdefault(kind, []).append(1e6 * all_s / timed / batch_size)
         main_us.setdefault(kind, []).append(1e6 * watch.cpu_s / timed / batch_size)
         return 1e3 * watch.wall_s / timed
