@@ -34,7 +34,7 @@ from vkd_cache.stages.extract import extract
 from vkd_cache.stages.planning import plan
 from vkd_cache.stages.planning_break_even import Costs, break_even_epochs, break_even_students
 from vkd_cache.stages.planning_extract import ExtractFound, ExtractRequest, _rate, measure_extraction
-from vkd_cache.stages.planning_process import in_own_process
+from vkd_cache.stages.planning_process import in_own_process, sigterm_as_interrupt
 from vkd_cache.stages.planning_report import CACHED, EXTRACT, LIVE, PLAIN, PlanReport, StagePlan, break_even
 from vkd_cache.stages.planning_sample import first_places, part_of, sampled_places
 from vkd_cache.stages.planning_sizes import cache_size, line_through, size_model
@@ -360,3 +360,15 @@ def test_work_in_its_own_process() -> None:
         in_own_process(dies, int(signal.SIGKILL), "work")
     with pytest.raises(VkdCacheError, match="exit code 3"):
         in_own_process(leaves, 3, "work")
+
+
+def test_sigterm_leaves_no_folder_behind(temporary: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        sigterm_as_interrupt(),
+        tempfile.TemporaryDirectory(prefix="vkd-cache-plan-"),
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -4,13 +4,14 @@ A newcomer would measure one thing after the other in one process: its largest r
 libraries are loaded only once.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -92,6 +93,19 @@ def _end_with(parent: Any) -> None:
     """A measurement for a process that was killed is for nobody."""
     parent.join()
     os._exit(1)
+
+
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends what is enclosed as Ctrl-C does, so that temporary folders are removed, and measurements end."""
+    if threading.current_thread() is not threading.main_thread():  # others may not set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 class Memory:
