@@ -110,10 +110,9 @@ def measure_kinds(kinds: Mapping[str, Kind], options: argparse.Namespace, report
     """
     children: dict[str, Child] = {}
     try:
-        for name, kind in kinds.items():
+        for name, kind in kinds.items():  # one after the other: together, their first steps may not fit a GPU
             children[name] = Child(name, kind, options)
-        for child in children.values():
-            child.wait()
+            children[name].wait()
         pixels = {child.ready["pixels"] for child in children.values()}
         require(len(pixels) == 1, f"step: the kinds were given different pixels: {pixels}")
         steps: dict[str, Callable[[], float]] = {f"step, {name}": child.repetition for name, child in children.items()}
@@ -240,14 +239,18 @@ def serve() -> int:
     before = peak_memory_bytes()
     kind = Kind(**{field.name: request[field.name] for field in dataclasses.fields(Kind)})
     steps = Steps(kind, request["batches"])
+    on_gpu = torch.cuda.is_available()
     steps.timed(1)
+    _make_room(on_gpu)
     _say({"pixels": steps.pixels, "before_bytes": before})
     for line in sys.stdin:
         if line.strip() == "flops":
             _say({"flops": steps.flops()})
             continue
+        if on_gpu:
+            steps.timed(1)  # asks the driver for its memory again
         step_s = steps.timed(request["steps"])
-        on_gpu = torch.cuda.is_available()
+        _make_room(on_gpu)
         _say(
             {
                 "step_s": step_s,
@@ -257,6 +260,12 @@ def serve() -> int:
             }
         )
     return 0
+
+
+def _make_room(on_gpu: bool) -> None:
+    """Give back what the allocator keeps: the other kinds' processes are on the same GPU."""
+    if on_gpu:
+        torch.cuda.empty_cache()
 
 
 def _say(answer: dict[str, Any]) -> None:

@@ -44,6 +44,7 @@ def main() -> int:
     options = parse(made, TINY)
     torch.set_num_threads(options.threads or 1)  # the workers have the cores
     report = Report("pipelines", options)
+    timed_batches(options)
     with scratch_folder(options) as folder:
         job = Job(
             folder=folder, size_px=options.size_px, batch_size=options.batch_size, epochs=options.epochs,
@@ -91,14 +92,20 @@ def compare(options: argparse.Namespace, job: Job, report: Report) -> None:
         report.ratio(f"{name} with cache / {name}", f"{name} with cache", name, target)
 
 
-@contextlib.contextmanager
-def taken(batches: Batches, options: argparse.Namespace) -> Iterator[tuple[int, Stopwatch, float]]:
-    """Take the batches in the middle: (images, time, CPU seconds of all processes); the loader is closed afterwards."""
+def timed_batches(options: argparse.Namespace) -> tuple[int, int]:
+    """Batches at the beginning that are not timed, and those that are."""
     edge = 2 * max(options.workers, 1)
     total = options.images * options.epochs // options.batch_size
     # the last batches find workers without work, and with webdataset each worker may leave one out
     timed = total - 2 * edge - options.workers
     require(timed > 0, "pipelines: nothing is left between the first and the last batches; use more --images")
+    return edge, timed
+
+
+@contextlib.contextmanager
+def taken(batches: Batches, options: argparse.Namespace) -> Iterator[tuple[int, Stopwatch, float]]:
+    """Take the batches in the middle: (images, time, CPU seconds of all processes); the loader is closed afterwards."""
+    edge, timed = timed_batches(options)
     with contextlib.closing(batches):  # type: ignore[type-var]
         for _ in range(edge):
             require(next(batches, None) is not None, "pipelines: a loader ended at once")

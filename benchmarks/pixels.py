@@ -60,6 +60,7 @@ def main() -> int:
     made.add_argument("--width", type=int, default=3024, help="channels of the cached node")
     made.add_argument("--quality", type=int, default=90, help="of stored JPEGs")
     made.add_argument("--views", type=int, default=64, help="views that codecs are compared on")
+    made.set_defaults(threads=1)  # waiting threads would be counted
     options = parse(made, TINY)
     report = Report("pixels", options)
     with scratch_folder(options) as folder:

@@ -93,6 +93,7 @@ def _repetition(options: argparse.Namespace, folder: Path, number: int) -> Outco
         planned[f"{stage['stage']}, s"] = stage["seconds"]
         if stage["stage"] != EXTRACT:
             planned[f"{stage['stage']}, peak MiB"] = (stage["host_bytes"] + (stage["gpu_bytes"] or 0)) / 2**20
+    require(document["break_even"] is not None, "plan: the live teacher could not be measured, see its document")
     costs = Costs(**document["break_even"]["costs"])
     return Outcome(planned=planned, real=real, costs=(costs, _real_costs(costs, real, options.epochs)))
 

@@ -227,12 +227,13 @@ def _begin(request: ExtractRequest) -> _Begin:
 
 
 def _probed(source: Source, count: int) -> tuple[Source, int]:
-    """What stored types are measured on: all of `source`, of which it takes PROBED images, or `count` of them if those
-    are fewer; and how many fewer. A detector's images have so many tokens that a few are enough."""
-    if is_detection(source) or count >= PROBED:
-        return source, 0
+    """What stored types are measured on: all of `source`, of whose first unit that takes PROBED images, or `count` of
+    them if those are fewer; and how many fewer. A detector's images have so many tokens that a few are enough."""
+    probed = min(PROBED, len(source.shards[0].keys))
     count = max(FIRST_BATCH, count)
-    return part_of(source, first_places(source, count)), PROBED - count
+    if is_detection(source) or count >= probed:
+        return source, 0
+    return part_of(source, first_places(source, count)), probed - count
 
 
 def _extract_sample(request: ExtractRequest, begin: _Begin) -> tuple[list[Place], list[tuple[float, int]], Cache]:

@@ -117,8 +117,15 @@ def _chunks(
     if is_detection(source):  # where they come canvas by canvas
         order = np.random.default_rng([seed, shard]).permutation(len(tasks))
         tasks = [tasks[number] for number in order]
-    for start in range(0, len(tasks), batches):
-        yield np.sort(np.concatenate([task.row for task in tasks[start : start + batches]]))
+    chunk: list[Rows] = []
+    for task in tasks:
+        chunk.append(task.row)
+        # a mixed pair, at least: a detector's batch may be one image with a canvas of its own
+        if len(chunk) >= batches and sum(map(len, chunk)) >= 2:
+            yield np.sort(np.concatenate(chunk))
+            chunk = []
+    if chunk:
+        yield np.sort(np.concatenate(chunk))
 
 
 def first_places(source: Source, count: int) -> list[Place]:

@@ -27,7 +27,7 @@ from vkd_cache.stages.planning_sample import Place, part_of
 from vkd_cache.stages.planning_sizes import Line
 from vkd_cache.stages.ranks import take_device
 from vkd_cache.stages.run import Run, complete_views
-from vkd_cache.stages.supply import Supply
+from vkd_cache.stages.supply import Supply, nodes_on_device
 from vkd_cache.stages.transfer import ahead_on_device
 from vkd_cache.stages.unit_views import CachedViews, PlannedViews, Views
 from vkd_cache.views.recipe import make_recipe
@@ -120,7 +120,7 @@ def measure_training(request: TrainRequest, started: float) -> TrainFound:
         trainer = _Trainer(_prepared(request, device, batch_size), supply, learner)
     aside_s = time.monotonic() - begun
     began = time.monotonic()
-    batch_s, spread, first_s = trainer.steady(request.seconds)
+    fed_s, spread, filling_s = trainer.steady(request.seconds)
     peak, full = Memory(device), request.config.train.batch_size
     smaller, base = next(point for point in reversed(before) if point[0] < batch_size)
     per_sample = (peak.host_bytes - base) / (batch_size - smaller)
@@ -131,9 +131,9 @@ def measure_training(request: TrainRequest, started: float) -> TrainFound:
     finish_s = finish_seconds(Path(request.folder))
     end = Memory(device)
     return TrainFound(
-        step_s=batch_s * full / batch_size * request.config.train.accumulate,
+        step_s=fed_s * full * request.config.train.accumulate,
         spread=spread,
-        start_s=began - started - aside_s + max(0.0, first_s - batch_s),
+        start_s=began - started - aside_s + filling_s,
         finish_s=finish_s,
         batch_size=batch_size,
         device=str(device),
@@ -229,20 +229,23 @@ class _Trainer:
         return (times[-1] - times[0]) / (len(times) - 1) / size / run.config.train.accumulate
 
     def steady(self, seconds: float) -> tuple[float, float, float]:
-        """Seconds of a batch, their relative standard error, and the seconds until the first step was done."""
+        """Seconds of a sample, their relative standard error, and the seconds until the first step, without its own.
+
+        A newcomer's trap: batches are not all full. A detector's shards may have an image with a canvas of its own.
+        """
         train, device = self._run.config.train, self._run.device
         ahead = 2 * train.workers + 2  # steps that find more batches waiting than there will be
         stretches: list[tuple[float, int]] = []
         begun = last = time.monotonic()
-        first_s, done = 0.0, 0
+        first_s, first, done = 0.0, 0, 0
         with self._run.feed(self._supply) as feed:
             fed = feed.batches(epoch=0, step=0, workers=train.workers, pin_memory=device.type == "cuda")
             for number, group in enumerate(self._groups(fed), start=1):
                 self._step(group)
-                done += len(group)
+                done += sum(len(batch) for batch, _ in group)
                 if number == 1:
                     last = wait_for(device)
-                    first_s, done, begun = last - begun, 0, last
+                    first_s, first, done, begun = last - begun, done, 0, last
                 elif time.monotonic() - last > _STRETCH_S or number == ahead:
                     now = wait_for(device)
                     if number > ahead or now - begun > seconds / 2:
@@ -250,12 +253,11 @@ class _Trainer:
                     last, done = now, 0
                 if (last - begun > seconds and len(stretches) > 1) or _has_settled(stretches):
                     break
-        times = [took / batches for took, batches in stretches]
-        mean = sum(took for took, _ in stretches) / sum(batches for _, batches in stretches)
-        return mean, _standard_error(times) / mean, first_s
+        mean = sum(took for took, _ in stretches) / sum(samples for _, samples in stretches)
+        return mean, _standard_error(_each(stretches)) / mean, max(0.0, first_s - first * mean)
 
     def _groups(self, batches: Iterator[FedBatch]) -> Iterator[Group]:
-        ahead = ahead_on_device(batches, self._run.device)
+        ahead = ahead_on_device(batches, self._run.device, nodes_on_device)
         while group := list(itertools.islice(ahead, self._run.config.train.accumulate)):
             yield group
 
@@ -269,8 +271,13 @@ class _Trainer:
 
 
 def _has_settled(stretches: list[tuple[float, int]]) -> bool:
-    times = [took / batches for took, batches in stretches]
+    times = _each(stretches)
     return len(times) >= 10 and _standard_error(times) <= _SETTLED * sum(times) / len(times)
+
+
+def _each(stretches: list[tuple[float, int]]) -> list[float]:
+    """Seconds of a sample in each stretch of (seconds, samples)."""
+    return [took / samples for took, samples in stretches]
 
 
 def _standard_error(values: list[float]) -> float:
