@@ -280,6 +280,11 @@ def test_a_plan_beside_a_cache_that_is_partly_there(
     mismatched = dataclasses.replace(config, views=dataclasses.replace(config.views, seed=9), student=NO_STUDENT)
     with pytest.raises(CacheMismatchError, match="seed"):
         plan(mismatched, seconds=SECONDS)
+    elsewhere = dataclasses.replace(config.teacher, weights=str(tmp_path / "elsewhere.safetensors"))
+    with pytest.raises(CacheMismatchError, match="seed"):
+        plan(dataclasses.replace(mismatched, teacher=elsewhere), seconds=SECONDS)
+    unknown = plan(dataclasses.replace(config, teacher=elsewhere, student=NO_STUDENT), seconds=SECONDS)
+    assert unknown.cache.views_to_make == report.cache.views_to_make
 
 
 NO_STUDENT = dataclasses.replace(Config().student, name="")

@@ -1,5 +1,6 @@
 """What travels through shared blocks arrives as it was, stays so while anybody has it, and takes little memory."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from worker_jobs import arrays_of, failing_with_a_block, pool_of, total
 
 from vkd_cache.errors import SourceError
-from vkd_cache.stages.shared_blocks import LARGE_BYTES, BorrowedBlocks, LendingBlocks, private_empty
+from vkd_cache.stages.shared_blocks import LARGE_BYTES, BorrowedBlocks, LendingBlocks, Parcel, private_empty
 from vkd_cache.stages.worker_pool import TASKS_AHEAD
 
 
@@ -147,5 +148,10 @@ def test_descriptors_are_closed() -> None:
 
 
 def test_no_memory_is_an_error_that_says_so() -> None:
-    with pytest.raises(SourceError, match=r"no 1\d+ MB of memory for a batch .*fewer --workers"):
+    with pytest.raises(SourceError, match=r"no room for the 1\d+ MB of a batch .*fewer --workers"):
         LendingBlocks().empty((2**60,))
+    descriptor = os.memfd_create("too-large")
+    with pytest.raises(SourceError, match=r"no room for the 1\d+ MB of a batch .*fewer --workers"):
+        BorrowedBlocks().unpack(Parcel([(0, 2**60)], (), ()), [descriptor], b"")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)

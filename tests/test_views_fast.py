@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ from vkd_cache.views import ops
 from vkd_cache.views.blend import adjust_colour, colour_rows
 from vkd_cache.views.colour import apply_to_pixels, blur_kernel
 from vkd_cache.views.ops import apply_op
-from vkd_cache.views.params import ViewParams, params_from_columns, params_to_columns
+from vkd_cache.views.params import NO_OP, ViewParams, params_from_columns, params_to_columns
 from vkd_cache.views.plan import plan_view
 from vkd_cache.views.recipe import RECIPES, Recipe, make_recipe
 from vkd_cache.views.render import pixel_digest, render_view
+from vkd_cache.views.replay import replay_problem
 
 Pixels = npt.NDArray[np.uint8]
 Build = Callable[..., Config]
@@ -210,6 +212,32 @@ def test_an_operation_without_a_whole_number_form_is_refused() -> None:
         apply_to_pixels(array(4, 4), ((ops.ROTATE, 5.0), (ops.GREY, 0.0)))
 
 
+some_ops = st.tuples(st.integers(0, 20), st.floats(-2000, 2000, width=32) | st.just(math.nan) | st.just(16.0))
+good_ops = st.one_of(
+    st.tuples(st.sampled_from((ops.SOLARISE, ops.GAUSSIAN_BLUR)), st.floats(0, 16, width=32)),
+    st.tuples(st.sampled_from((ops.GREY, ops.BRIGHTNESS, ops.CONTRAST, ops.SATURATION)), st.floats(-9, 9, width=32)),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(some_ops | good_ops, max_size=FAST.max_ops))
+def test_stored_operations_are_rendered_or_refused(stored: list[tuple[int, float]]) -> None:
+    """A unit may come from a stranger."""
+    params = dataclasses.replace(planned(FAST, 0, 9, 7), ops=tuple(stored))
+    problem = replay_problem(params_to_columns([params], FAST.max_ops), FAST)
+    kept = [op for op, _ in stored if op != NO_OP]
+    early = {op for at, op in enumerate(kept) if any(later in (2, 3) for later in kept[at:])}
+    assert (problem is None) == (
+        all(1 <= op <= 6 for op in kept)
+        and not early & {ops.GREY, ops.BRIGHTNESS, ops.CONTRAST, ops.SATURATION}
+        and all(0 <= value <= {2: 256, 3: 16}.get(op, 1024) or (op not in (2, 3) and value >= -1024 and value <= 0)
+                for op, value in stored)
+    )  # fmt: skip
+    if problem is None:
+        pixels = render_view(array(9, 7), params, FAST)
+        assert colour_rows(pixels[None], [params.ops]).isfinite().all()
+
+
 def test_colour_of_a_batch_is_that_of_each_view() -> None:
     """Batches of any size, on any device, take the same path to the same bits."""
     params = [planned(FAST, view, 90, 70) for view in range(7)]
@@ -249,6 +277,7 @@ def test_only_new_recipes_say_more_than_they_used_to() -> None:
         ({"colour": "rand_augment"}, "expected 'pillow' with RandAugment or random erasing"),
         ({"erase_probability": 0.1}, "expected 'pillow' with RandAugment or random erasing"),
         ({"geometry": "center_crop"}, "expected 'pillow' for centre crops"),
+        ({"blur_radius": (0.1, 17.0)}, "blur_radius: found .* expected at most 16"),
     ],
 )
 def test_what_the_fast_path_cannot_render_is_refused(changes: dict[str, Any], problem: str) -> None:

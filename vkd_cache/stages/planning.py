@@ -45,7 +45,7 @@ from vkd_cache.views.recipe import make_recipe
 
 _SHARES = {EXTRACT: 0.35, CACHED: 0.25, PLAIN: 0.15, LIVE: 0.25}  # of the time to measure for
 _UNITS_WRITTEN = 3  # of extraction, that are in memory at once: as it grows, as it is put together, as it is packed
-_WINDOWS_OPEN = 2  # of training: the shards that are shuffled, and the next ones
+_WINDOWS_OPEN = 3  # of training: the shards that are shuffled, those before them, and the next ones
 
 
 def plan(config: Config, *, seconds: float) -> PlanReport:
@@ -123,7 +123,10 @@ class _Planning:
             folder=str(folder / "cache"),
             seconds=self._seconds * (_SHARES[EXTRACT] if self._config.student.name else 1.0),
         )
-        return in_own_process(measure_extraction, request, "extraction")
+        try:
+            return in_own_process(measure_extraction, request, "extraction")
+        except MemoryError as error:
+            raise TeacherMemoryError(f"out of memory: {error}. Give a smaller [extract] batch_size.") from error
 
     def _training(
         self,
@@ -255,8 +258,8 @@ class _Planning:
         start_s, epoch_s = self._open_both_s + found.start_s + found.finish_s, self._epoch_s(found, trained)
         # the first that was measured has evaluated, too
         more = next(other.more_host_bytes for other in trained.values() if isinstance(other, TrainFound))
-        open_units = min(train.open_shards, len(self._source.shards))
-        held = _WINDOWS_OPEN * open_units * self._unit_bytes(model) - sum(unit.plain_bytes for unit in extracted.units)
+        open_units = min(_WINDOWS_OPEN * train.open_shards, len(self._source.shards))
+        held = open_units * self._unit_bytes(model) - sum(unit.plain_bytes for unit in extracted.units)
         return StagePlan(
             stage=kind,
             images_per_s=train.batch_size * train.accumulate / found.step_s,

@@ -208,8 +208,8 @@ def _begin(request: ExtractRequest) -> _Begin:
     plan = ExtractPlan(config=dataclasses.replace(config, cache=where), source=probed, recipe=recipe, run=run)
     manifest = dataclasses.replace(plan.manifest(existing), dataset=source_identity(source).to_json())
     measures = any(spec.measured for spec in manifest.nodes) and existing is None
-    if existing is not None and request.known:
-        check_same(existing.url, existing.manifest, Manifest.from_json(manifest.to_json()))
+    if existing is not None:
+        _check_existing(existing, manifest, known=request.known)
     view_s = speed.view_s(config, device.type == "cuda")
     batches = max(MIN_BATCHES, int(request.seconds / view_s / run.batch_size))
     per_unit = max(1, batches // _UNITS)
@@ -224,6 +224,15 @@ def _begin(request: ExtractRequest) -> _Begin:
         num_units=-(-batches // per_unit),
         tail=-(-2 * config.extract.workers // per_unit),
     )
+
+
+def _check_existing(existing: Cache, manifest: Manifest, *, known: bool) -> None:
+    """Refuse a cache that an extraction would; of a teacher whose weights are not at hand, only the name is known."""
+    there = existing.manifest
+    if not known:
+        teacher = dict(there.teacher) | {"name": manifest.teacher["name"]}
+        manifest = dataclasses.replace(manifest, teacher=teacher, head=there.head)
+    check_same(existing.url, there, Manifest.from_json(manifest.to_json()))
 
 
 def _probed(source: Source, count: int) -> tuple[Source, int]:

@@ -62,7 +62,7 @@ def in_own_process(work: Callable[[Request, float], Found], request: Request, wh
         receiver.close()
     if isinstance(answer, Exception):
         if is_out_of_memory(answer):
-            raise MemoryError(f"{what}: {str(answer).splitlines()[0]}")
+            raise MemoryError(f"{what}: {(str(answer).splitlines() or ['no more memory can be had'])[0]}")
         raise answer
     found: Found = answer
     return found

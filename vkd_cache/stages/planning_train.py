@@ -18,7 +18,7 @@ from vkd_cache.config import MAX_VIEWS, Config
 from vkd_cache.errors import ConfigError
 from vkd_cache.runtime import JobSplit
 from vkd_cache.sources import Source
-from vkd_cache.stages.batch_size import BESIDE_A_STUDENT
+from vkd_cache.stages.batch_size import beside_a_student
 from vkd_cache.stages.feed import FedBatch
 from vkd_cache.stages.learner import Learner, step_seed
 from vkd_cache.stages.planning_between import checkpoint_seconds, evaluation_line, finish_seconds
@@ -165,7 +165,7 @@ def _batch_size(request: TrainRequest, sample_s: float, device: torch.device) ->
 def _prepared(request: TrainRequest, device: torch.device, batch_size: int) -> Run:
     """A run over the sample whose batches have `batch_size` samples, and a live teacher's their share of that."""
     config, train = request.config, request.config.train
-    taught = config.extract.batch_size or BESIDE_A_STUDENT
+    taught = beside_a_student(config).batch_size
     if batch_size < train.batch_size:
         taught = max(2, taught * batch_size // train.batch_size // 2 * 2)
     shards = len(request.places)

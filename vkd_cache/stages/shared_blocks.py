@@ -139,16 +139,15 @@ class LendingBlocks:
 
     def _make(self, num_bytes: int) -> _Block:
         number = next(self._numbers)
-        descriptor = os.memfd_create(f"vkd-cache-{number}", os.MFD_CLOEXEC)
+        descriptor = -1
         try:
+            descriptor = os.memfd_create(f"vkd-cache-{number}", os.MFD_CLOEXEC)
             os.ftruncate(descriptor, num_bytes)
             data = np.frombuffer(mmap.mmap(descriptor, num_bytes), np.uint8)
         except OSError as error:
-            os.close(descriptor)
-            raise SourceError(
-                f"a data worker process got no {num_bytes / 1e6:.0f} MB of memory for a batch ({error.strerror}). Use "
-                "fewer --workers or a smaller --batch-size."
-            ) from error
+            if descriptor >= 0:
+                os.close(descriptor)
+            raise _no_room(num_bytes, error) from error
         self._made[number] = descriptor
         return _Block(number, data)
 
@@ -173,10 +172,15 @@ class BorrowedBlocks:
         Args:
             parcel, message: as packed.
             descriptors: of the parcel's new blocks, in order; closed.
+
+        Raises:
+            SourceError: there is no memory for a block, or too many files are open.
         """
         for (number, num_bytes), descriptor in zip(parcel.made, descriptors, strict=True):
             try:
                 self._blocks[number] = mmap.mmap(descriptor, num_bytes)
+            except OSError as error:
+                raise _no_room(num_bytes, error) from error
             finally:
                 os.close(descriptor)
         for number in parcel.dropped:
@@ -191,6 +195,13 @@ class BorrowedBlocks:
     def returned(self) -> list[int]:
         """Blocks that nothing here refers to any more, since the last call: word to be sent to the other side."""
         return drained(self._back)
+
+
+def _no_room(num_bytes: int, error: OSError) -> SourceError:
+    return SourceError(
+        f"there is no room for the {num_bytes / 1e6:.0f} MB of a batch between a data worker and the main process "
+        f"({error.strerror}). Use fewer --workers or a smaller --batch-size."
+    )
 
 
 def drained(numbers: deque[int]) -> list[int]:

@@ -89,4 +89,4 @@ class StoredPixels:
         here = library_versions(*self.spec.libraries)
         there = self.made_with
         shown = [f"{name} {here[name]} here, {there.get(name, 'unknown')} there" for name in self.spec.libraries]
-        return f"Decoder: {', '.join(shown)}. " if shown else ""
+        return f"Stored pixels: {', '.join(shown)}. " if shown else ""

@@ -18,6 +18,7 @@ from vkd_cache.memory import available_memory_bytes, memory_bytes
 from vkd_cache.runtime import peak_memory_bytes
 from vkd_cache.stages.teaching import TeacherRun
 from vkd_cache.stages.transfer import model_input
+from vkd_cache.views.colour import IDENTITY
 from vkd_cache.views.params import MIX_CUTMIX, MIX_MIXUP, MixPlan
 from vkd_cache.views.recipe import Recipe
 from vkd_cache.views.sizes import canvas_of
@@ -59,6 +60,7 @@ class TrialBatch:
 
     def __init__(self, recipe: Recipe) -> None:
         self._mixed = recipe.mixes
+        self._maps_colour = recipe.colour_kernel == "affine"
         self._views: tuple[int, int] | None = None
         self.height, self.width = recipe.size_px, recipe.size_px
         if recipe.detection is not None:
@@ -71,8 +73,9 @@ class TrialBatch:
         if self._views is not None:
             canvas = np.tile(np.array([self.height, self.width], np.int64), (size, 1))
             return MadeViews(view_size=np.tile(np.array(self._views, np.int64), (size, 1)), canvas=canvas)
+        colour = torch.tensor(IDENTITY).repeat(size, 1) if self._maps_colour else None
         if not self._mixed:
-            return MadeViews()
+            return MadeViews(colour=colour)
         box = np.array([0, 0, self.height // 2, self.width // 2], np.uint16)
         mix = MixPlan(
             partner=(np.arange(size) ^ 1).astype(np.uint32),
@@ -80,11 +83,13 @@ class TrialBatch:
             lam=np.full(size, 0.75, np.float32),
             box=np.tile(box, (size, 1)),
         )
-        return MadeViews(mix=mix)
+        return MadeViews(mix=mix, colour=colour)
 
     def pixels(self, size: int, device: torch.device) -> torch.Tensor:
-        """(b, H, W, 3) uint8 on the device."""
-        return torch.randint(0, 256, (size, self.height, self.width, 3), dtype=torch.uint8, device=device)
+        """(b, H, W, 3) uint8 on the device, always the same."""
+        draw = torch.Generator(device).manual_seed(0)
+        shape = (size, self.height, self.width, 3)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=draw)
 
 
 def measure(run: TeacherRun, made: TrialBatch, seen: Sequence[Measured]) -> Measured | None:

@@ -115,7 +115,8 @@ class UnitAssembly:
         """Take one batch; `outputs` (b, ...) or tokens of b images may still be on their way from a GPU."""
         self._rows.append(batch.row)
         self._ok.append(batch.ok)
-        self._columns.append(batch.columns | _mix_columns(batch))
+        # copies: an array of a large batch lies in a block as large as its pixels, which would have to stay for it
+        self._columns.append({name: values.copy() for name, values in (batch.columns | _mix_columns(batch)).items()})
         self._pixels += [batch.stored.copy()] if batch.stored is not None else []
         self._broken += [
             (self._shard.keys[row], row, reason)

@@ -146,7 +146,8 @@ class PixelCheck:
                 where,
                 f"view {unit.id.view} of key '{key}' renders to pixels with digest {found:016x}, the teacher saw "
                 f"{stored:016x}. The image file or the decoder changed: {pixel_versions(self._recipe)} here, "
-                f"{pixel_versions(self._recipe, self._cache.manifest.versions)} when the cache was made.",
+                f"{pixel_versions(self._recipe, self._cache.manifest.versions)} when the cache was made. "
+                f"{self._stored.versions() if self._stored is not None else ''}".rstrip(),
             )
         self._check_plan(unit, place, key, where)
         self._check_sample(unit, place, key, where)

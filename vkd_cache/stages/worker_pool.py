@@ -256,6 +256,8 @@ def _work(work: Callable[[Any, Empty], Any], line: Connection) -> None:
 def _answer(work: Callable[[Any, Empty], Any], task: object, blocks: LendingBlocks) -> Packed:
     """The message with the result of `task`, or with what went wrong."""
     try:
+        if isinstance(task, SourceError):  # it could not be taken
+            raise task
         return blocks.pack(work(task, blocks.empty))
     except Exception as error:  # noqa: BLE001 - raised again in the main process
         trace = traceback.format_exc()
@@ -274,6 +276,8 @@ def _take_tasks(
     try:
         while True:
             tasks.put(_received(line, blocks))
+    except SourceError as error:
+        tasks.put(([], error))
     except (OSError, EOFError):  # the main process has hung up, or is gone
         os._exit(0)
     except Exception:  # noqa: BLE001 - whatever it is: a worker that takes no tasks would be waited for

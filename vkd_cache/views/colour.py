@@ -26,7 +26,7 @@ Operations = Sequence[tuple[int, float]]
 
 LUMA = (299, 587, 114)  # weights of red, green and blue in a grey value, thousandths
 LUMA_SUM = sum(LUMA)
-_LINEAR = frozenset((ops.GREY, ops.BRIGHTNESS, ops.CONTRAST, ops.SATURATION))
+LINEAR = frozenset((ops.GREY, ops.BRIGHTNESS, ops.CONTRAST, ops.SATURATION))
 _BOXES = 3  # Pillow's Gaussian blur is this many box blurs, and so is ours
 _WEIGHT_SUM = 256  # of a blur kernel: the most that 16 bits hold for 8-bit values
 
@@ -48,7 +48,7 @@ IDENTITY = ColourMap(1.0, 0.0, 0.0)
 def split_ops(operations: Operations) -> tuple[Operations, Operations]:
     """What is done to the 8-bit pixels, and the linear operations at the end that become a `ColourMap`."""
     end = len(operations)
-    while end and operations[end - 1][0] in _LINEAR:
+    while end and operations[end - 1][0] in LINEAR:
         end -= 1
     return operations[:end], operations[end:]
 

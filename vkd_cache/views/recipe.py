@@ -22,6 +22,7 @@ Resizer = Literal["pillow", "torch"]
 ColourKernel = Literal["pillow", "affine"]
 Interpolation = Literal["bicubic", "bilinear"]
 
+LARGEST_BLUR = 16.0  # radius, pixels, under the affine kernel, whose weights are 256ths
 _LARGEST = 2**53  # of a number in a manifest
 # fields that recipes did not always have; as long as they hold this, a manifest does not say them
 _UNSAID: Mapping[str, Any] = types.MappingProxyType({"resizer": "pillow", "colour_kernel": "pillow", "detection": None})
@@ -251,6 +252,8 @@ def _fast_problems(recipe: Recipe) -> list[str]:
         found.append("decoder: found 'simplejpeg', expected 'pillow' with RandAugment or random erasing")
     if recipe.fast and recipe.geometry == "center_crop":
         found.append("decoder: found 'simplejpeg', expected 'pillow' for centre crops")
+    if affine and recipe.blur_radius[1] > LARGEST_BLUR:
+        found.append(f"blur_radius: found {recipe.blur_radius}, expected at most {LARGEST_BLUR:g} with 'affine'")
     return found
 
 

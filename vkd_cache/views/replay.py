@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vkd_cache.views.colour import LINEAR
 from vkd_cache.views.decode import MAX_IMAGE_PIXELS
 from vkd_cache.views.ops import GAUSSIAN_BLUR, OP_NAMES, POSTERISE, SOLARISE, SOLARISE_ADD
 from vkd_cache.views.params import NO_OP, Columns
-from vkd_cache.views.recipe import Recipe
+from vkd_cache.views.recipe import LARGEST_BLUR, Recipe
 
 _Rows = Any  # (n,) bool; NumPy's types lose what comparisons give
 _Wide = npt.NDArray[np.int64]
@@ -75,12 +76,18 @@ def _good_erasing(columns: Columns, recipe: Recipe) -> _Rows:
     return (top + height <= sides[:, 0]) & (left + width <= sides[:, 1])
 
 
-def _good_operations(columns: Columns, _: Recipe) -> _Rows:
+def _good_operations(columns: Columns, recipe: Recipe) -> _Rows:
     op_id, value = columns["op_id"], columns["op_value"].astype(np.float64)
     low, high = np.full(value.shape, -_LARGEST_VALUE), np.full(value.shape, _LARGEST_VALUE)
     for number, (least, most) in _RANGES.items():
         low[op_id == number], high[op_id == number] = least, most
-    good = np.isin(op_id, [*OP_NAMES]) & (value >= low) & (value <= high)  # nan is neither
+    known = np.isin(op_id, [*OP_NAMES])
+    if recipe.colour_kernel == "affine":
+        high[op_id == GAUSSIAN_BLUR] = LARGEST_BLUR
+        linear = np.isin(op_id, [*LINEAR])
+        # one map, at the end, and before it what works on whole numbers
+        known = linear | (np.isin(op_id, (SOLARISE, GAUSSIAN_BLUR)) & ~np.logical_or.accumulate(linear, axis=1))
+    good = known & (value >= low) & (value <= high)  # nan is neither
     return (good | (op_id == NO_OP)).all(axis=1)
 
 
