@@ -151,6 +151,7 @@ def test_no_memory_is_an_error_that_says_so() -> None:
     with pytest.raises(SourceError, match=r"no room for the 1\d+ MB of a batch .*fewer --workers"):
         LendingBlocks().empty((2**60,))
     descriptor = os.memfd_create("too-large")
+    os.ftruncate(descriptor, 2**60)
     with pytest.raises(SourceError, match=r"no room for the 1\d+ MB of a batch .*fewer --workers"):
         BorrowedBlocks().unpack(Parcel([(0, 2**60)], (), ()), [descriptor], b"")
     with pytest.raises(OSError, match="Bad file descriptor"):
