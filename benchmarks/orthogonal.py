@@ -34,7 +34,7 @@ def main() -> int:
     made.add_argument("--shapes", default="3024x192,3024x384,256x256", help="of W, longer side first")
     made.add_argument("--slow-shapes", default="256x256,3024x192", help="those at which torch's own maps run, too")
     made.add_argument("--steps", type=int, default=10_000, help="optimizer steps of the regression")
-    made.add_argument("--slow-steps", type=int, default=1000, help="optimizer steps with torch's own maps")
+    made.add_argument("--slow-steps", type=int, default=10_000, help="optimizer steps with torch's own maps")
     made.add_argument("--width", type=int, default=24, help="student width of the regression")
     made.add_argument("--teacher-width", type=int, default=96, help="teacher width of the regression")
     made.add_argument("--batch-size", type=int, default=64, help="samples per step of the regression")

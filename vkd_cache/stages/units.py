@@ -87,8 +87,6 @@ def mix_of_batch(plan: MixPlan, rows: npt.NDArray[np.int64]) -> MixPlan:
     )
 
 
-
-
 class UnitAssembly:
     """Collects the batches of one unit and gives its columns and node values, without the broken rows.
 
