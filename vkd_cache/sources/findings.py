@@ -46,6 +46,11 @@ class Findings:
             self._names.setdefault(problem, []).append(name)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to say, not even a warning."""
+        return not self._counts
+
+    @property
     def total(self) -> int:
         """Mistakes of all kinds that are errors."""
         return sum(count for problem, count in self._counts.items() if problem.is_error)

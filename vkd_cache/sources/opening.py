@@ -39,7 +39,8 @@ def open_source(
         split: which of train/ and val/, or of COCO's splits, where the folder has them; without effect on the other
             forms.
         shard_size: samples per shard of a folder or COCO source; tar shards keep their own.
-        copies: where tars from behind a URL are copied to; None: 100 GB in the user's own cache folder.
+        copies: where tars from behind a URL are copied to (None: 100 GB in the user's own cache folder), and where the
+            index of others is kept (None: it is not).
 
     Raises:
         SourceError: nothing is there, or the data set cannot be used as it is; see `docs/sources.md`.
@@ -55,9 +56,9 @@ def open_source(
     spec = spec.removeprefix("file://")
     root = Path(expand_home(spec))
     if root.is_dir():
-        return _open_folder(root, spec, split, shard_size)
+        return _open_folder(root, spec, split, shard_size, copies)
     if ".tar" in spec:
-        return TarSource(LocalTars(expand_pattern(spec)), location=spec)
+        return TarSource(LocalTars(expand_pattern(spec), copies), location=spec)
     found = "a file that is not a .tar" if root.exists() else "nothing"
     raise SourceError(
         f"{spec}: found {found} there, expected a folder of classes (root/class/image.jpg), a folder with train/ and "
@@ -159,7 +160,7 @@ def _expand_glob(part: str) -> Iterator[str]:
     yield from found
 
 
-def _open_folder(root: Path, spec: str, split: str, shard_size: int) -> Source:
+def _open_folder(root: Path, spec: str, split: str, shard_size: int, copies: LocalCopies | None) -> Source:
     if _is_coco_layout(root):
         return _open_coco(root, spec, split, shard_size)
     if (root.absolute().parent / "annotations" / f"instances_{root.absolute().name}.json").is_file():
@@ -182,7 +183,7 @@ def _open_folder(root: Path, spec: str, split: str, shard_size: int) -> Source:
     folders = class_folders(root)
     tars = sorted(str(path) for path in root.glob("*.tar") if not path.name.startswith("."))
     if tars and not folders:
-        return TarSource(LocalTars(tars), location=spec)
+        return TarSource(LocalTars(tars, copies), location=spec)
     return FolderSource(root, shard_size=shard_size, location=spec, class_names=class_names)
 
 

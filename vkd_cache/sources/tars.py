@@ -14,11 +14,13 @@ import numpy as np
 
 from vkd_cache.config import MAX_CLASSES
 from vkd_cache.errors import SourceError
+from vkd_cache.local_copies import LocalCopies
 from vkd_cache.sources.findings import Findings, Problem, first_few
 from vkd_cache.sources.folder import check_image_bytes
 from vkd_cache.sources.keys import PackedShards, hash_order, shown
+from vkd_cache.sources.local_index import local_indexes
 from vkd_cache.sources.shard import Shard, Source
-from vkd_cache.sources.tar_index import TarIndex, index_tar
+from vkd_cache.sources.tar_index import TarIndex
 from vkd_cache.sources.tar_members import TarReader
 
 _OPEN_TARS = 32
@@ -75,16 +77,16 @@ class Tars(Protocol):
 class LocalTars:
     """Tars in the file system."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
+    def __init__(self, paths: Sequence[str], copies: LocalCopies | None = None) -> None:
+        """`copies`: where their index is kept; None: it is not."""
         self.names: Sequence[str] = tuple(os.path.basename(path) for path in paths)  # noqa: PTH119
         self._given = tuple(paths)
         self._paths = tuple(os.path.abspath(path) for path in paths)  # noqa: PTH100 - resolve() would follow links
+        self._copies = copies
 
     def indexes(self, findings: Findings) -> Iterator[TarIndex]:
-        """See `Tars`."""
-        return (
-            index_tar(TarReader(path), name, findings) for path, name in zip(self._given, self.names, strict=True)
-        )
+        """See `Tars`: from what was kept, or else from the tars."""
+        return iter(local_indexes(self._given, self._paths, self.names, findings, self._copies))
 
     def open(self, shard: int) -> TarReader:
         """See `Tars`."""
