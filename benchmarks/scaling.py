@@ -35,6 +35,7 @@ from vkd_cache.cli import guarded
 from vkd_cache.config import Config, config_to_json, load_config
 from vkd_cache.runtime import JobSplit, peak_memory_bytes
 from vkd_cache.sources import Source, open_source
+from vkd_cache.stages.copying import copies_of
 from vkd_cache.stages.extract_checks import nodes_to_store
 from vkd_cache.stages.extract_job import ExtractJob
 from vkd_cache.stages.extract_plan import ExtractPlan
@@ -94,7 +95,7 @@ def write_everything(options: argparse.Namespace, folder: Path, report: Report) 
     config = load_config(
         None,
         {
-            "source": {"train": images, "shard_size": options.shard_size},
+            "source": {"train": images, "shard_size": options.shard_size, "local_dir": str(folder / "copies")},
             "views": views,
             "teacher": {"name": name, "weights": made(name, weights, seed=options.seed)},
             "cache": {"url": str(folder / "cache"), "dtype": "float16"} | ({"tokens": 0.1} if detection else {}),
@@ -111,6 +112,7 @@ def write_everything(options: argparse.Namespace, folder: Path, report: Report) 
     count = sum(len(shard.keys) for shard in source.shards)
     require(count == options.samples, f"scaling: found {count} samples of {options.samples}")
     write_cache(config, source, options.views)
+    _open_source(config)  # from now on its index is kept
     report.facts |= {
         "samples": count, "shards": len(source.shards), "views": options.views,
         "records": len(source.shards) * options.views, "seconds to make all this": time.monotonic() - started,
@@ -215,8 +217,16 @@ def answer(question: str) -> int:
     return 0
 
 
+def _index_source(config: Config) -> int:
+    return _num_samples(open_source(config.source.train, split="train", shard_size=config.source.shard_size))
+
+
 def _open_source(config: Config) -> int:
-    source = open_source(config.source.train, split="train", shard_size=config.source.shard_size)
+    source, copies = config.source, copies_of(config.source)
+    return _num_samples(open_source(source.train, split="train", shard_size=source.shard_size, copies=copies))
+
+
+def _num_samples(source: Source) -> int:
     return sum(len(shard.keys) for shard in source.shards)
 
 
@@ -245,6 +255,7 @@ def _first_batch(config: Config) -> int:
 
 
 QUESTIONS: dict[str, Callable[[Config], int]] = {
+    "open the source for the first time": _index_source,
     "open the source": _open_source,
     "open the cache, find complete views": _open_cache,
     "find missing units": _missing_units,
