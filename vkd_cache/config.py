@@ -37,7 +37,11 @@ class SourceConfig:
     shard_size: int = option(
         1024, "samples per shard of a folder or COCO source (tar shards keep their own)", minimum=2, maximum=2**31
     )
-    local_dir: str = option("", "folder for copies of tars and units behind URLs; empty: in the user's cache folder")
+    local_dir: str = option(
+        "",
+        "folder for copies of tars and units behind URLs, and the index of local tars; empty: in the user's cache "
+        "folder",
+    )
     local_gb: float = option(100.0, "bound of the copies in that folder, 10^9 bytes", minimum=1e-6, maximum=1e6)
 
 
