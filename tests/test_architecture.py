@@ -167,8 +167,8 @@ OPTIONS = {
     "--json",
     "convert": "--backend --dtype --block-samples --shard-size --source --views --worker --force --dry-run --json",
     "compare": "--source --cache --student --teacher --teacher-weights --steps --batch-size --device --output --json",
-    "plan": "--source --cache --teacher --teacher-weights --views --dtype --tokens --student --epochs --batch-size "
-    "--seconds --json",
+    "plan": "--source --cache --teacher --teacher-weights --views --dtype --tokens --pixels --student --epochs "
+    "--batch-size --seconds --json",
     "demo": "--task --output --short --json",
 }
 # options that are not called like the field they set; every other one is

@@ -5,6 +5,7 @@ the job goes on; what is wrong with the cache (a full disk) stops the job at onc
 meanwhile is neither.
 """
 
+import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -124,6 +125,7 @@ class ExtractJob:
         self._writer = writer
         self._failed: dict[UnitId, str] = {}
         self._broken: dict[str, str] = {}
+        self._known_broken: dict[int, frozenset[str]] = {}  # keys by shard; by the writer thread alone
         self._spent = TimeSpent()
         self._queue = DeviceQueue(run.device, self._spent)
         self._units_published = self._units_wasted = self._samples = self._bytes = 0  # by the writer thread alone
@@ -220,10 +222,11 @@ class ExtractJob:
             if self._writer.cache.is_published(unit):
                 raise FileExistsError(record_path(unit))
             columns, nodes, broken = assembly.finish()
+            self._check_broken(unit, {key: reason for key, _, reason in broken})
             keys = self._source.shards[unit.shard].keys
             check_storable(self._writer.manifest.nodes, nodes, [keys[row] for row in columns["row"].tolist()])
             record = self._writer.publish(unit.shard, unit.view, columns, nodes, broken, exclusive=True)
-        except TeacherError as error:
+        except (SourceError, TeacherError) as error:
             self._fail(unit, error)
         except FileExistsError:  # another job was faster, or something else has a name that the cache needs
             if not self._writer.cache.is_published(unit):
@@ -242,6 +245,25 @@ class ExtractJob:
             self._units_published += 1
             self._samples += record.num_samples
             self._bytes += record.num_bytes
+
+    def _check_broken(self, unit: UnitId, broken: dict[str, str]) -> None:
+        """Refuse images that cannot be decoded now, and could when another view of their shard was made.
+
+        Raises:
+            SourceError: there are some.
+        """
+        if unit.shard not in self._known_broken:
+            known = broken.keys()
+            if unit.view and self._writer.cache.is_published(UnitId(unit.shard, 0)):
+                with contextlib.suppress(CacheError):  # a record that cannot be read says nothing
+                    known = {key for key, _, _ in self._writer.cache.record(unit.shard, 0).broken}
+            self._known_broken[unit.shard] = frozenset(known)
+        lost = [key for key in broken if key not in self._known_broken[unit.shard]]
+        if lost:
+            raise SourceError(
+                f"{len(lost)} images cannot be decoded any more, that another view in the cache has; first key "
+                f"'{lost[0]}': {broken[lost[0]]}. Restore them; the same command then makes what is missing."
+            )
 
     def _where_time_goes(self) -> str:
         """What limits the job now, and shares of the last half minute; the writer works beside the others."""

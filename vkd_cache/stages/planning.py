@@ -317,7 +317,9 @@ class _Planning:
             f"One process. Measured on {extracted.views} views of the first images of the source, into a temporary "
             "folder: a source or cache on a slower disk than these takes longer.",
             f"The teacher's weights: {weights.said}.",
-            "Training reads images that the extraction of the sample has just read: from memory, most likely.",
+            "Training reads images that the extraction of the sample has just read: from memory, most likely."
+            if config.cache.pixels == "none"
+            else f"The bytes count the views themselves, stored as {config.cache.pixels}: training reads no images.",
             "Host memory is the peak resident size of the main process, without its data workers; GPU memory is the "
             "peak of what torch allocates.",
         ]
