@@ -9,7 +9,10 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,7 +29,14 @@ from train_runs import pipeline, run_cli
 from vkd_cache.cache.reader import open_cache
 from vkd_cache.cache.units import UnitId, unpack_unit
 from vkd_cache.config import Config
-from vkd_cache.errors import CacheMismatchError, ConfigError, TeacherError, TeacherMemoryError, VkdCacheError
+from vkd_cache.errors import (
+    CacheError,
+    CacheMismatchError,
+    ConfigError,
+    TeacherError,
+    TeacherMemoryError,
+    VkdCacheError,
+)
 from vkd_cache.runtime import JobSplit
 from vkd_cache.sources import is_detection, open_source
 from vkd_cache.stages import planning_process
@@ -340,6 +350,14 @@ def test_what_cannot_be_planned(tiny_config: Build, tmp_path: Path, temporary: P
         plan(tiny_config(teacher={"name": "test_resnot", "weights": ""}), seconds=SECONDS)
     with pytest.raises(ConfigError, match=r"\[extract\] batch_size: found 3(.|\n)*\[train\] batch_size: found 5"):
         plan(tiny_config(extract={"batch_size": 3}, train={"batch_size": 5}), seconds=SECONDS)
+    with pytest.raises(ConfigError, match="--seconds: found nan"):
+        plan(tiny_config(), seconds=math.nan)
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "photo.jpg").write_bytes(b"")
+    with pytest.raises(CacheError, match="holds other things"):
+        plan(tiny_config(cache={"url": str(tmp_path / "strange")}), seconds=SECONDS)
+    with pytest.raises(TeacherError, match="Is a directory"):
+        plan(tiny_config(teacher={"weights": str(tmp_path)}, cache={"url": ""}), seconds=SECONDS)
     with pytest.raises(ConfigError, match="all three weights are 0"):
         none = {"task_weight": 0.0, "feature_weight": 0.0, "logit_weight": 0.0}
         plan(tiny_config(loss=none), seconds=SECONDS)
@@ -377,3 +395,29 @@ def test_sigterm_leaves_no_folder_behind(temporary: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_plan_that_is_ended_leaves_nothing(tiny_config: Build, digits_tree: Path, tmp_path: Path) -> None:
+    """Neither folders nor processes, while data workers are at work in a process of a process."""
+    config, folder = tiny_config(), tmp_path / "temporary"
+    folder.mkdir()
+    teacher = {"name": config.teacher.name, "weights": config.teacher.weights}
+    file = pipeline(
+        tmp_path,
+        source={"train": str(digits_tree / "train")},
+        views={"size_px": 32},
+        teacher=teacher,
+        extract={"workers": 1, "batch_size": 8},
+    )
+    command = [sys.executable, "-m", "vkd_cache", "plan", file, "--seconds", "600"]
+    with subprocess.Popen(
+        command, env=os.environ | {"TMPDIR": str(folder)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not any(folder.glob("vkd-cache-plan-*/cache/units")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert process.stderr is not None and process.stderr.read().strip().endswith("Error: interrupted.")
+    assert process.returncode == 130
+    left = [path.name for path in folder.iterdir() if not path.name.startswith("torchinductor_")]
+    assert left == []

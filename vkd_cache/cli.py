@@ -296,7 +296,7 @@ def compare(pipeline: str | None, steps: int, as_json: bool, **settings: object)
 @setting("--student", "student.name", metavar="NAME")
 @setting("--epochs", "train.epochs", metavar="N")
 @setting("--batch-size", "train.batch_size", metavar="N")
-@click.option("--seconds", default=60.0, metavar="X", type=click.FloatRange(min=0.1), help=_SECONDS_HELP)
+@click.option("--seconds", default=60.0, metavar="X", type=click.FloatRange(0.1, 86400), help=_SECONDS_HELP)
 @json_option
 def plan(pipeline: str | None, seconds: float, as_json: bool, **settings: object) -> int:
     """What a cache will take and gain: bytes, hours, memory, and when it pays against a live teacher.

@@ -88,7 +88,7 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
         seconds=time.monotonic() - started,
     )
     log.finish(summary.to_json())
-    _say_summary(config, summary)
+    _say_summary(config, summary, shared=device.type == "cpu")
     return summary
 
 
@@ -144,7 +144,8 @@ def _warn_of_batch_size(manifest: Manifest, run: TeacherRun) -> None:
         )
 
 
-def _say_summary(config: Config, summary: ExtractSummary) -> None:
+def _say_summary(config: Config, summary: ExtractSummary, *, shared: bool) -> None:
+    """`shared`: data workers take cores from the teacher."""
     rate = summary.samples / max(summary.seconds, 1e-9)
     console.say(
         f"extract: {summary.units_published} units published, {summary.units_skipped} were there, "
@@ -155,7 +156,7 @@ def _say_summary(config: Config, summary: ExtractSummary) -> None:
         busy, data, writer = (f"{100 * summary.shares[name]:.0f}%" for name in ("teacher", "data", "writer"))
         console.say(
             f"extract: limited by the {summary.limit}: the teacher was at work for {busy} of the time, waited for data "
-            f"for {data}, for the writer for {writer}"
+            f"for {data}, for the writer for {writer}" + (" (data and teacher share the cores)" if shared else "")
         )
     if summary.units_overtaken:
         console.say(

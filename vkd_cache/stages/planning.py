@@ -39,11 +39,13 @@ from vkd_cache.stages.planning_report import (
 from vkd_cache.stages.planning_sizes import SizeModel, cache_size, size_model
 from vkd_cache.stages.planning_teacher import WeightsAtHand, weights_at_hand
 from vkd_cache.stages.planning_train import TrainFound, TrainRequest, measure_training
+from vkd_cache.stages.target import refuse_foreign_folder
 from vkd_cache.stages.unit_order import unpublished
 from vkd_cache.stages.units import units_of_worker
 from vkd_cache.views.recipe import make_recipe
 
 _SHARES = {EXTRACT: 0.35, CACHED: 0.25, PLAIN: 0.15, LIVE: 0.25}  # of the time to measure for
+_VAGUE = 0.1  # relative standard error of a rate
 _UNITS_WRITTEN = 3  # of extraction, that are in memory at once: as it grows, as it is put together, as it is packed
 _WINDOWS_OPEN = 3  # of training: the shards that are shuffled, those before them, and the next ones
 
@@ -59,6 +61,8 @@ def plan(config: Config, *, seconds: float) -> PlanReport:
         VkdCacheError: what either command would refuse.
         MemoryError: extraction, or training from the cache, does not fit.
     """
+    if not math.isfinite(seconds):
+        raise ConfigError(f"--seconds: found {seconds}, expected a number of seconds.")
     return _Planning(config, seconds).report()
 
 
@@ -73,6 +77,8 @@ class _Planning:
         self._source = self._opened(config.source.train, "train")
         self._recipe = make_recipe(config.views)
         check_fit(config, self._source, self._recipe)
+        if config.cache.url and find_cache(config.cache.url) is None:
+            refuse_foreign_folder(config.cache.url, "--cache")
         self._open_s = time.monotonic() - self._begun
         val = config.source.val or validation_beside(config.source.train)
         self._val = self._opened(val, "val") if val and config.student.name else None
@@ -327,6 +333,9 @@ class _Planning:
             said.append("Stored types and compression are those of random features: the teacher's own may differ.")
         if is_detection(self._source):
             said.append("Tokens a view: the mean over some hundred planned views of the data.")
+        vague = [f"{stage.stage} (± {100 * stage.spread:.0f} %)" for stage in stages if (stage.spread or 0.0) > _VAGUE]
+        if vague:
+            said.append(f"Too few measurements to rely on: {', '.join(vague)}. Give more --seconds.")
         for stage in stages:
             if stage.measured_batch_size < stage.batch_size:
                 said.append(

@@ -79,6 +79,8 @@ def _death(what: str, exit_code: int | None) -> Exception:
 
 def _serve(line: Connection, work: Callable[[Any, float], Any], request: Any, started: float) -> None:
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of a group, and the parent ends this one
+    signal.signal(signal.SIGTERM, _leave)  # as it does so: what has to be removed is removed
     console.set_quiet(True)
     warnings.simplefilter("ignore")  # the commands themselves will say it
     try:
@@ -87,6 +89,10 @@ def _serve(line: Connection, work: Callable[[Any, float], Any], request: Any, st
         answer = error
     line.send(answer)
     line.close()
+
+
+def _leave(*_: object) -> None:
+    raise SystemExit(1)
 
 
 def _end_with(parent: Any) -> None:

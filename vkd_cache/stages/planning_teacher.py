@@ -48,7 +48,7 @@ def weights_at_hand(teacher: TeacherConfig, num_classes: int, folder: Path) -> W
     Raises:
         TeacherError: timm does not know the network.
     """
-    if teacher.weights and Path(expand_home(teacher.weights)).is_file():
+    if teacher.weights and Path(expand_home(teacher.weights)).exists():
         return WeightsAtHand(teacher=teacher, known=True, said="its own")
     if names_code(teacher.name):
         missing = f", without {teacher.weights}, which is not there" if teacher.weights else ""
