@@ -253,7 +253,7 @@ class ExtractJob:
             SourceError: there are some.
         """
         if unit.shard not in self._known_broken:
-            known = broken.keys()
+            known = set(broken)
             if unit.view and self._writer.cache.is_published(UnitId(unit.shard, 0)):
                 with contextlib.suppress(CacheError):  # a record that cannot be read says nothing
                     known = {key for key, _, _ in self._writer.cache.record(unit.shard, 0).broken}

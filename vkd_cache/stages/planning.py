@@ -333,7 +333,8 @@ class _Planning:
             said.append("Stored types and compression are those of random features: the teacher's own may differ.")
         if is_detection(self._source):
             said.append("Tokens a view: the mean over some hundred planned views of the data.")
-        vague = [f"{stage.stage} (± {100 * stage.spread:.0f} %)" for stage in stages if (stage.spread or 0.0) > _VAGUE]
+        spreads = {stage.stage: stage.spread or 0.0 for stage in stages}
+        vague = [f"{name} (± {100 * spread:.0f} %)" for name, spread in spreads.items() if spread > _VAGUE]
         if vague:
             said.append(f"Too few measurements to rely on: {', '.join(vague)}. Give more --seconds.")
         for stage in stages:
