@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -200,6 +201,28 @@ def test_a_file_where_a_folder_is_needed(tmp_path: Path, capsys: pytest.CaptureF
     for path in (file, file / "below"):
         assert guarded(lambda path=path: path.mkdir(exist_ok=True)) == 1  # type: ignore[misc]
         assert capsys.readouterr().err.endswith(", where a folder is needed. Give another path.\n")
+
+
+def test_a_long_temporary_folder_works_or_is_a_message() -> None:
+    """Sockets have short names: multiprocessing, which runs the data workers, says no more than that."""
+    program = (
+        "import sys; from multiprocessing import forkserver; from vkd_cache.cli import guarded\n"
+        "sys.exit(guarded(forkserver.ensure_running))"
+    )
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as short:
+        for length, code in [(75, 0), (76, 1)]:
+            folder = Path(short) / ("x" * (length - len(short) - 1))
+            folder.mkdir()
+            done = subprocess.run(
+                [sys.executable, "-c", program],
+                env=os.environ | {"TMPDIR": str(folder)},
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            assert done.returncode == code
+            assert (f"TMPDIR is {str(folder)!r}, {length} characters" in done.stderr) == bool(code)
+            assert "Traceback" not in done.stderr
 
 
 def test_interrupting_a_process_gives_one_line() -> None:

@@ -130,13 +130,14 @@ def test_the_loss_is_the_distance_of_standardised_tokens(seed: int, kind: str) -
 
 
 @settings(deadline=None, max_examples=20)
-@given(SEEDS, st.floats(0.1, 50), st.floats(-50, 50))
-def test_scale_and_shift_of_a_channel_do_not_matter(seed: int, scale: float, shift: float) -> None:
-    teacher, student = rows(seed), rows(seed + 1)
+@given(SEEDS, st.floats(0.1, 50), st.floats(-20, 20))
+def test_scale_and_shift_of_a_channel_do_not_matter(seed: int, scale: float, offset: float) -> None:
+    """Within what the stored float32 sums resolve: a deviation's error grows with the square of mean / deviation."""
+    teacher, student, shift = rows(seed), rows(seed + 1), offset * scale
     before = detection_feature_loss({"n": student}, {"n": tokens_from_rows(teacher, GRID)}, eps=0)
     moved = tokens_from_rows(teacher * scale + shift, GRID)
     after = detection_feature_loss({"n": student * scale - shift}, {"n": moved}, eps=0)
-    torch.testing.assert_close(after, before, rtol=2e-3, atol=1e-4)  # sums are kept in float32
+    torch.testing.assert_close(after, before, rtol=5e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])

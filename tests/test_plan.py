@@ -399,8 +399,7 @@ def test_sigterm_leaves_no_folder_behind(temporary: Path) -> None:
 
 def test_a_plan_that_is_ended_leaves_nothing(tiny_config: Build, digits_tree: Path, tmp_path: Path) -> None:
     """Neither folders nor processes, while data workers are at work in a process of a process."""
-    config, folder = tiny_config(), tmp_path / "temporary"
-    folder.mkdir()
+    config = tiny_config()
     teacher = {"name": config.teacher.name, "weights": config.teacher.weights}
     file = pipeline(
         tmp_path,
@@ -410,14 +409,17 @@ def test_a_plan_that_is_ended_leaves_nothing(tiny_config: Build, digits_tree: Pa
         extract={"workers": 1, "batch_size": 8},
     )
     command = [sys.executable, "-m", "vkd_cache", "plan", file, "--seconds", "600"]
-    with subprocess.Popen(
-        command, env=os.environ | {"TMPDIR": str(folder)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
-        while not any(folder.glob("vkd-cache-plan-*/cache/units")):
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.terminate()
-        assert process.stderr is not None and process.stderr.read().strip().endswith("Error: interrupted.")
-    assert process.returncode == 130
-    left = [path.name for path in folder.iterdir() if not path.name.startswith("torchinductor_")]
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # tmp_path is too long for sockets between processes
+        folder, environment = Path(name), os.environ | {"TMPDIR": name}
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            while not any(folder.glob("vkd-cache-plan-*/cache/units")):
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.05)
+            process.terminate()
+            assert process.stderr.read().strip().endswith("Error: interrupted.")
+        assert process.returncode == 130
+        left = [path.name for path in folder.iterdir() if not path.name.startswith("torchinductor_")]
     assert left == []

@@ -6,6 +6,7 @@ traceback.
 
 import contextlib
 import errno
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -16,6 +17,7 @@ from vkd_cache.errors import ConfigError, VkdCacheError
 from vkd_cache.memory import is_out_of_memory
 
 _COMPILER_LACKS = ("InvalidCxxCompiler", "TritonMissing")  # torch's own errors come wrapped, with these in their text
+_SOCKET_NAME, _SOCKET_SUFFIX = 107, 32  # Linux's limit, and what multiprocessing adds: /pymp-xxxxxxxx/listener-xxxxxxxx
 
 
 def guarded(command: Callable[[], int | None]) -> int:
@@ -51,13 +53,19 @@ def guarded(command: Callable[[], int | None]) -> int:
 
 
 def _advice(error: OSError) -> str:
-    """What to do about a file that cannot be read or written."""
+    """What to do about a file that cannot be read, written or made."""
     if isinstance(error, (NotADirectoryError, FileExistsError)):
         return ", where a folder is needed. Give another path."
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ". What is complete is intact: make room, and run the same command again (train: --resume auto)."
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return ". Give another path, or have the right to use this one."
+    if "AF_UNIX" in str(error):  # multiprocessing makes its sockets there
+        folder = tempfile.gettempdir()
+        return (
+            f": TMPDIR is {folder!r}, {len(folder)} characters, and sockets between processes have names of at most "
+            f"{_SOCKET_NAME}. Set TMPDIR to a folder with a path of at most {_SOCKET_NAME - _SOCKET_SUFFIX}, /tmp say."
+        )
     return ""
 
 
