@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,7 @@ SECONDS = 0.2
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measurements in forks of the tests' server, which has the libraries: a start is not what is tested here."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()  # before `temporary`, whose path is too long for the server's socket
     monkeypatch.setattr(planning_process, "START_METHOD", "forkserver")
 
 
