@@ -5,6 +5,8 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -130,6 +132,38 @@ def test_killed_at_any_moment(capfd: pytest.CaptureFixture[str]) -> None:
         assert str(error).startswith("digits: a data worker process died (SIGKILL). The usual cause is memory")
         assert seconds < BOUND_S / 2
     assert capfd.readouterr().err == ""
+
+
+FEW_FILES = """
+import os, resource, sys
+from worker_jobs import answer, pool_of
+from vkd_cache.cli import guarded
+
+def take() -> None:
+    with pool_of(answer, 2) as pool:
+        free = os.dup(0)
+        os.close(free)
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + int(sys.argv[1]), most))
+        try:
+            for number, _ in enumerate(pool.results([2_000_000] * 4)):
+                pass
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+sys.exit(guarded(take))
+"""
+
+
+def test_too_many_open_files_are_a_message() -> None:
+    codes = []
+    for more in range(8):
+        program = [sys.executable, "-c", FEW_FILES, str(more)]
+        done = subprocess.run(program, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=BOUND_S)
+        assert (done.stderr == "") if done.returncode == 0 else ("oo many " in done.stderr), done.stderr
+        assert "Traceback" not in done.stderr
+        codes.append(done.returncode)
+    assert codes == sorted(codes, reverse=True) and {0, 1} == set(codes)
 
 
 @pytest.mark.parametrize(("beside", "delay_s"), [(False, 0.0), (True, 0.001), (False, 0.005)])

@@ -403,23 +403,31 @@ def test_a_shard_of_broken_images_is_an_empty_unit(make: MakeConfig, tree: Path,
     assert [row for _, row, _ in record.broken] == list(range(SHARD_SIZE))
 
 
-def test_images_that_break_between_views_are_no_broken_images(make: MakeConfig, tree: Path) -> None:
-    """A mount that is gone for an hour must not be recorded for good."""
-    config = make(source={"train": str(tree)}, views={"count": "2"})
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 0), (2, 0)])
+def test_images_that_break_between_views_are_no_broken_images(
+    make: MakeConfig, tree: Path, first: int, second: int
+) -> None:
+    """A mount that is gone for an hour must not be recorded for good, whichever view was made before."""
+    before, config = (
+        make(source={"train": str(tree)}, views={"count": f"{view}:{view + 1}"}) for view in (first, second)
+    )
     keys = keys_of(config, 1)
     path_of(tree, keys[2]).write_bytes(b"")  # from the beginning
-    run(dataclasses.replace(config, views=dataclasses.replace(config.views, count="1")))
+    assert list(dict(run(before).broken)) == [keys[2]]
     whole = {key: path_of(tree, key).read_bytes() for key in keys[3:6]}
     for key in whole:
         path_of(tree, key).write_bytes(b"")
     summary = run(config)
     assert (summary.exit_code, summary.units_published) == (3, NUM_SHARDS - 1)
     (said,) = summary.units_failed
-    assert said.startswith("shard 1, view 1: 3 images cannot be decoded any more")
+    assert said.startswith(f"shard 1, view {second}: 3 images cannot be decoded any more")
     assert f"'{keys[3]}': empty file" in said
+    assert summary.broken == ()  # nothing was recorded
     for key, data in whole.items():
         path_of(tree, key).write_bytes(data)
-    assert (run(config).units_published, opened(config).record(1, 1).num_samples) == (1, len(keys) - 1)
+    again = run(config)
+    assert (again.units_published, list(dict(again.broken))) == (1, [keys[2]])
+    assert opened(config).record(1, second).num_samples == len(keys) - 1
 
 
 def test_nothing_but_broken_images_is_an_error_where_codecs_are_measured(make: MakeConfig, tree: Path) -> None:

@@ -224,6 +224,32 @@ def test_documents_outlive_copies_by_a_month(tmp_path: Path) -> None:
     assert copies.kept(one, KIND) is None
 
 
+def test_a_document_for_which_nothing_is_removed_and_nobody_waited_for(tmp_path: Path) -> None:
+    copies = LocalCopies(tmp_path, 1000)
+    copies.keep_if_room(original(1, 0), KIND, b"d" * 100, at_most=2)  # makes the folder
+    read(copies, original(9, 500))
+    copies.keep(original(1, 0), "other", b"o")
+    for number in (2, 3, 3):
+        copies.keep_if_room(original(number, 0), KIND, b"%d" % number * 100, at_most=2)
+    assert [copies.kept(original(number, 0), KIND) for number in (1, 2, 3)] == [None, b"2" * 100, b"3" * 100]
+    assert copies.kept(original(1, 0), "other") == b"o"
+    copies.keep_if_room(original(4, 0), KIND, b"4" * 300, at_most=9)  # one byte too many
+    assert copies.kept(original(4, 0), KIND) is None
+
+    def meanwhile(target: Path) -> None:
+        copies.keep_if_room(original(5, 0), KIND, b"5" * 100, at_most=9)  # 100 are free, and 200 reserved
+        target.write_bytes(b"6" * 200)
+
+    os.close(copies.open(original(6, 200), meanwhile))
+    assert copies.kept(original(5, 0), KIND) is None
+    with (tmp_path / "space.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        copies.keep_if_room(original(7, 0), KIND, b"7", at_most=9)
+    assert copies.kept(original(7, 0), KIND) is None
+    copies.keep_if_room(original(7, 0), KIND, b"7", at_most=9)
+    assert copies.kept(original(7, 0), KIND) == b"7" and (tmp_path / "copies" / original(9, 500).name).exists()
+
+
 def test_a_copy_that_was_cut_off_or_dropped_is_fetched_again(tmp_path: Path) -> None:
     copies, wanted, fetched = LocalCopies(tmp_path, 1000), original(1, 900), list[str]()
     read(copies, wanted, fetched)

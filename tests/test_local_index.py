@@ -2,6 +2,8 @@
 
 import io
 import os
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from vkd_cache.local_copies import LocalCopies
 from vkd_cache.sources import Source, open_source
 from vkd_cache.sources.findings import PassedOverWarning
-from vkd_cache.sources.local_index import KEPT_KIND, WORTH_KEEPING, _framed, _parsed
+from vkd_cache.sources.local_index import KEPT_KIND, WORTH_KEEPING, _framed, _parsed, _State, _state
 from vkd_cache.sources.tar_index import TarIndex
 
 SETTLED_S = 2.1  # a tar that was written to just now may change again at the same time of its clock
@@ -63,10 +65,12 @@ def test_a_kept_index_is_used_and_a_damaged_one_made_again(tars: Path, copies: L
         assert [shard.keys for shard in other.shards] == [shard.keys for shard in source.shards]
         assert labels_of(other) == labels_of(source) and other.read(1, 2999) == b"\xff"
     assert documents(copies) == [document] and document.read_bytes() == kept
-    indexes = _parsed(kept, [path.stat().st_size for path in sorted(tars.iterdir())])
+    state = _state([str(path) for path in sorted(tars.iterdir())])
+    assert state is not None
+    indexes = _parsed(kept, state)
     assert indexes is not None
     other_labels = [index._replace(labels=index.labels + 1) for index in indexes]
-    document.write_bytes(b"".join(map(_framed, other_labels)))
+    document.write_bytes(state.digest + b"".join(map(_framed, other_labels)))
     assert labels_of(open_source(str(tars), copies=copies)) == [label + 1 for label in labels_of(source)]
     for damaged in (kept[:-1], kept[:20] + bytes([kept[20] ^ 1]) + kept[21:], kept + b"\0", b""):
         document.write_bytes(damaged)
@@ -90,6 +94,50 @@ def test_tars_that_change_are_indexed_again(tmp_path: Path, copies: LocalCopies)
     found = open_source(str(path), copies=copies)
     assert labels_of(found) == [(number + 1) % 7 for number in range(WORTH_KEEPING)] != labels
     assert found.shards[0].keys[0] == "0000001"
+    time.sleep(SETTLED_S)
+    assert labels_of(open_source(str(path), copies=copies)) == labels_of(found)
+    assert len(documents(copies)) == 1  # in place of the old one
+
+
+def test_a_folder_behind_a_link_is_not_the_one_beside_it(tars: Path, tmp_path: Path, copies: LocalCopies) -> None:
+    """`link/..` is where the link leads to: an index kept under another name would be another tar's."""
+    (tmp_path / "x" / "real").mkdir(parents=True)
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y" / "link").symlink_to("../x/real")
+    for name, first in (("x", 0), ("y", 1)):
+        write_tar(tmp_path / name / "a.tar", WORTH_KEEPING, first=first)
+    time.sleep(SETTLED_S)
+    there, here = (open_source(str(tmp_path / "y" / name), copies=copies) for name in ("link/../a.tar", "a.tar"))
+    assert there.shards[0].keys[0] == "0000000" and here.shards[0].keys[0] == "0000001"
+    assert there.read(0, 0) == here.read(0, 0) and len(documents(copies)) == 2
+
+
+READ_ONLY = """
+import sys
+from pathlib import Path
+from vkd_cache.local_copies import LocalCopies
+from vkd_cache.sources import local_index, open_source
+copies = LocalCopies(Path(sys.argv[2]), 10**9)
+if sys.argv[3] == "kept":
+    def index_tar(*_): raise SystemExit("read again")
+    local_index.index_tar = index_tar
+print(len(open_source(sys.argv[1], copies=copies).shards), len(list(copies.folder.glob("lasting/*"))))
+"""
+
+
+@pytest.mark.parametrize(("read_only", "expected"), [("tars", "2 0"), ("copies", "2 1")])
+def test_folders_that_are_mounted_read_only(tars: Path, tmp_path: Path, read_only: str, expected: str) -> None:
+    """Images of file systems tell of no change, so nothing is kept of tars there; a kept index can be used from one."""
+    copies = LocalCopies(tmp_path / "copies", 10**9)
+    if read_only == "copies":
+        open_source(str(tars), copies=copies)
+    folder = tars if read_only == "tars" else copies.folder
+    mount = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount, folder, "true"], check=False).returncode:
+        pytest.skip("this system does not let its user mount")
+    program = [sys.executable, "-c", READ_ONLY, tars, copies.folder, "kept" if read_only == "copies" else "made"]
+    done = subprocess.run(["unshare", "-m", "sh", "-c", mount, folder, *program], capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr
 
 
 def test_what_is_not_worth_keeping_or_has_something_to_say_is_not_kept(tmp_path: Path, copies: LocalCopies) -> None:
@@ -124,13 +172,15 @@ def test_what_is_kept_is_read_back_or_refused(keys: list[list[bytes]], data: st.
         )
         for tar in keys
     ]
-    sizes, stored = [index.tar_bytes for index in indexes], b"".join(map(_framed, indexes))
-    found = _parsed(stored, sizes)
+    state = _State([index.tar_bytes for index in indexes], b"0123456789abcdef", is_settled=True)
+    more = state._replace(sizes=[*state.sizes, 1024])
+    stored = state.digest + b"".join(map(_framed, indexes))
+    found = _parsed(stored, state)
     assert found is not None and [index.keys for index in found] == keys
     assert [index.to_bytes() for index in found] == [index.to_bytes() for index in indexes]
-    assert _parsed(None, [*sizes, 1]) is None and _parsed(stored, [*sizes, 1024]) is None
-    if stored:
-        at = data.draw(st.integers(0, len(stored) - 1))
-        assert _parsed(stored[:at], sizes) is None
-        flipped = bytes([stored[at] ^ 1 << data.draw(st.integers(0, 7))])
-        assert _parsed(stored[:at] + flipped + stored[at + 1 :], sizes) is None
+    assert _parsed(None, state) is None and _parsed(stored, more) is None
+    assert _parsed(stored, state._replace(digest=b"0123456789abcdeF")) is None
+    at = data.draw(st.integers(0, len(stored) - 1))
+    assert _parsed(stored[:at], state) is None
+    flipped = bytes([stored[at] ^ 1 << data.draw(st.integers(0, 7))])
+    assert _parsed(stored[:at] + flipped + stored[at + 1 :], state) is None

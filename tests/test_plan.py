@@ -45,7 +45,7 @@ from vkd_cache.stages.extract import extract
 from vkd_cache.stages.planning import plan
 from vkd_cache.stages.planning_break_even import Costs, break_even_epochs, break_even_students
 from vkd_cache.stages.planning_extract import ExtractFound, ExtractRequest, _rate, measure_extraction
-from vkd_cache.stages.planning_process import in_own_process, sigterm_as_interrupt
+from vkd_cache.stages.planning_process import ended_as_by_ctrl_c, in_own_process
 from vkd_cache.stages.planning_report import CACHED, EXTRACT, LIVE, PLAIN, PlanReport, StagePlan, break_even
 from vkd_cache.stages.planning_sample import first_places, part_of, sampled_places
 from vkd_cache.stages.planning_sizes import cache_size, line_through, size_model
@@ -387,16 +387,26 @@ def test_work_in_its_own_process() -> None:
         in_own_process(leaves, 3, "work")
 
 
-def test_sigterm_leaves_no_folder_behind(temporary: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_no_folder_behind(temporary: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
     with (
         pytest.raises(KeyboardInterrupt),
-        sigterm_as_interrupt(),
+        ended_as_by_ctrl_c(),
         tempfile.TemporaryDirectory(prefix="vkd-cache-plan-"),
     ):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         signal.pause()
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
+
+
+def test_what_ignores_that_its_terminal_is_closed_goes_on_ignoring_it() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_as_by_ctrl_c():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_plan_that_is_ended_leaves_nothing(tiny_config: Build, digits_tree: Path, tmp_path: Path) -> None:

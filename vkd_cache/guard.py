@@ -6,6 +6,7 @@ traceback.
 
 import contextlib
 import errno
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ from vkd_cache.errors import ConfigError, VkdCacheError
 from vkd_cache.memory import is_out_of_memory
 
 _COMPILER_LACKS = ("InvalidCxxCompiler", "TritonMissing")  # torch's own errors come wrapped, with these in their text
-_SOCKET_NAME, _SOCKET_SUFFIX = 107, 32  # Linux's limit, and what multiprocessing adds: /pymp-xxxxxxxx/listener-xxxxxxxx
+_SOCKET_NAME = 107  # bytes, Linux's limit
+_SOCKET_SUFFIX = len("/pymp-xxxxxxxx/listener-xxxxxxxx")  # what multiprocessing adds to the folder
 
 
 def guarded(command: Callable[[], int | None]) -> int:
@@ -63,8 +65,9 @@ def _advice(error: OSError) -> str:
     if "AF_UNIX" in str(error):  # multiprocessing makes its sockets there
         folder = tempfile.gettempdir()
         return (
-            f": TMPDIR is {folder!r}, {len(folder)} characters, and sockets between processes have names of at most "
-            f"{_SOCKET_NAME}. Set TMPDIR to a folder with a path of at most {_SOCKET_NAME - _SOCKET_SUFFIX}, /tmp say."
+            f": the folder for temporary files is {folder!r}, {len(os.fsencode(folder))} bytes, and names of sockets "
+            f"between processes have at most {_SOCKET_NAME}. Set TMPDIR to a path of at most "
+            f"{_SOCKET_NAME - _SOCKET_SUFFIX}, /tmp say."
         )
     return ""
 

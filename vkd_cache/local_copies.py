@@ -23,7 +23,7 @@ from pathlib import Path
 import xxhash
 
 from vkd_cache.errors import ConfigError, StorageError
-from vkd_cache.runtime import expand_home, user_cache_folder
+from vkd_cache.runtime import expand_home, user_cache_folder, write_atomic
 
 GB = 10**9
 DEFAULT_GB = 100.0
@@ -110,6 +110,33 @@ class LocalCopies:
             document.parent.mkdir(exist_ok=True)
             document.write_bytes(data)
 
+    def keep_if_room(self, original: Original, kind: str, data: bytes, *, at_most: int) -> None:
+        """As `keep`, if there is room beside all that is there: nothing is removed for it, and nobody waited for.
+
+        Args:
+            original, kind, data: as there.
+            at_most: documents of this kind that are kept; those used longest ago go.
+
+        Raises:
+            StorageError: the folder cannot be used, or its disk is full.
+        """
+        document = self._document(original, kind)
+        with self._own_errors():
+            document.parent.mkdir(parents=True, exist_ok=True)
+            space = os.open(self.folder / "space.lock", os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(space, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alike = [(used, path) for used, _, path in _files(document.parent) if path.suffix == document.suffix]
+                others = sorted((used, path) for used, path in alike if path != document)
+                for _, path in others[: max(0, len(others) - at_most + 1)]:
+                    path.unlink(missing_ok=True)
+                if self._taken_bytes() + len(data) <= self.max_bytes:
+                    write_atomic(document, data)
+            except BlockingIOError:  # somebody makes room, or waits for it
+                return
+            finally:
+                os.close(space)
+
     def kept(self, original: Original, kind: str) -> bytes | None:
         """The document of this kind about `original`; None if there is none (any more)."""
         path = self._document(original, kind)
@@ -118,14 +145,19 @@ class LocalCopies:
                 data = path.read_bytes()
             except FileNotFoundError:
                 return None
-            with contextlib.suppress(FileNotFoundError):
-                _touch(path)
+            _mark_used(path)
         return data
 
     def room_bytes(self) -> int:
         """The bound without what documents take."""
         with self._own_errors():
             return self.max_bytes - sum(size for _, size, _ in _files(self.folder / "lasting"))
+
+    def _taken_bytes(self) -> int:
+        rest = sum(size for folder in ("copies", "lasting") for _, size, _ in _files(self.folder / folder))
+        with contextlib.suppress(FileNotFoundError):
+            rest += sum(_reserved_bytes(place) for place in (self.folder / "fetching").iterdir())
+        return rest
 
     def _document(self, original: Original, kind: str) -> Path:
         return self.folder / "lasting" / f"{original.name}.{kind}"
@@ -242,9 +274,14 @@ def _opened(path: Path, num_bytes: int) -> int | None:
         os.close(handle)
         path.unlink(missing_ok=True)
         return None
-    with contextlib.suppress(FileNotFoundError):
-        _touch(path)
+    _mark_used(path)
     return handle
+
+
+def _mark_used(path: Path) -> None:
+    """As far as may be: it is gone meanwhile, or somebody else's, and all that is lost is that it was used."""
+    with contextlib.suppress(OSError):
+        _touch(path)
 
 
 def _touch(path: Path) -> None:

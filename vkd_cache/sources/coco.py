@@ -56,8 +56,8 @@ class CocoSource:
         if shard_size < 1:
             raise ConfigError(f"shard_size: found {shard_size}, expected at least 1 (the default is 1024).")
         self.location = str(images) if location is None else location
-        self.annotation_file = Path(os.path.abspath(annotation_file))  # noqa: PTH100 - resolve() would follow links
-        self._folder = os.path.abspath(images)  # noqa: PTH100
+        self.annotation_file = annotation_file.absolute()
+        self._folder = str(images.absolute())
         tables = read_coco(annotation_file)
         _find_missing(images, tables.file_names)
         self.class_names: tuple[str, ...] | None = tables.class_names

@@ -69,7 +69,7 @@ class FolderSource:
         if shard_size < 1:
             raise ConfigError(f"shard_size: found {shard_size}, expected at least 1 (the default is 1024).")
         self.location = str(root) if location is None else location
-        self._root = os.path.abspath(root)  # noqa: PTH100 - resolve() would follow links
+        self._root = str(root.absolute())  # abspath() would take "link/.." for nothing
         folders = class_folders(root)
         if not folders:
             raise SourceError(

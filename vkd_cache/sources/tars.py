@@ -81,7 +81,8 @@ class LocalTars:
         """`copies`: where their index is kept; None: it is not."""
         self.names: Sequence[str] = tuple(os.path.basename(path) for path in paths)  # noqa: PTH119
         self._given = tuple(paths)
-        self._paths = tuple(os.path.abspath(path) for path in paths)  # noqa: PTH100 - resolve() would follow links
+        # abspath() would take "link/.." for nothing, which it is not
+        self._paths = tuple(os.path.join(os.getcwd(), path) for path in paths)  # noqa: PTH109, PTH118
         self._copies = copies
 
     def indexes(self, findings: Findings) -> Iterator[TarIndex]:

@@ -7,6 +7,7 @@ meanwhile is neither.
 
 import contextlib
 import dataclasses
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -205,7 +206,6 @@ class ExtractJob:
                     f"{self._source.location}: image of key '{key}' is broken: {reason}. Repair or remove it, or run "
                     "without --strict to record and skip it."
                 )
-            self._broken[key] = reason
         return unit not in self._failed
 
     def _fail(self, unit: UnitId, error: Exception) -> None:
@@ -222,7 +222,8 @@ class ExtractJob:
             if self._writer.cache.is_published(unit):
                 raise FileExistsError(record_path(unit))
             columns, nodes, broken = assembly.finish()
-            self._check_broken(unit, {key: reason for key, _, reason in broken})
+            reasons = {key: reason for key, _, reason in broken}
+            self._check_broken(unit, reasons)
             keys = self._source.shards[unit.shard].keys
             check_storable(self._writer.manifest.nodes, nodes, [keys[row] for row in columns["row"].tolist()])
             record = self._writer.publish(unit.shard, unit.view, columns, nodes, broken, exclusive=True)
@@ -242,6 +243,8 @@ class ExtractJob:
                 "shard_size, or store fewer nodes or tokens, in another cache."
             ) from error
         else:
+            self._known_broken.setdefault(unit.shard, frozenset(reasons))
+            self._broken |= reasons
             self._units_published += 1
             self._samples += record.num_samples
             self._bytes += record.num_bytes
@@ -252,18 +255,31 @@ class ExtractJob:
         Raises:
             SourceError: there are some.
         """
+        if not broken:
+            return
         if unit.shard not in self._known_broken:
-            known = set(broken)
-            if unit.view and self._writer.cache.is_published(UnitId(unit.shard, 0)):
-                with contextlib.suppress(CacheError):  # a record that cannot be read says nothing
-                    known = {key for key, _, _ in self._writer.cache.record(unit.shard, 0).broken}
-            self._known_broken[unit.shard] = frozenset(known)
-        lost = [key for key in broken if key not in self._known_broken[unit.shard]]
+            self._known_broken |= self._broken_in_cache(unit.shard)
+        known = self._known_broken.get(unit.shard, broken)
+        lost = [key for key in broken if key not in known]
         if lost:
             raise SourceError(
                 f"{len(lost)} images cannot be decoded any more, that another view in the cache has; first key "
-                f"'{lost[0]}': {broken[lost[0]]}. Restore them; the same command then makes what is missing."
+                f"'{lost[0]}': {broken[lost[0]]}. Restore them; the same command then makes what is missing. If they "
+                "are lost, extract into another cache."
             )
+
+    def _broken_in_cache(self, shard: int) -> dict[int, frozenset[str]]:
+        """Keys that a unit of `shard` records as broken, by shard; nothing, where none was published."""
+        if shard in self._published_views:
+            with contextlib.suppress(CacheError):  # a record that cannot be read says nothing
+                record = self._writer.cache.record(shard, self._published_views[shard])
+                return {shard: frozenset(key for key, _, _ in record.broken)}
+        return {}
+
+    @functools.cached_property
+    def _published_views(self) -> dict[int, int]:
+        """A view of each shard that has one, when the first image was found broken; lists the cache."""
+        return {shard: view for view, shards in self._writer.cache.published().items() for shard in shards}
 
     def _where_time_goes(self) -> str:
         """What limits the job now, and shares of the last half minute; the writer works beside the others."""

@@ -24,7 +24,7 @@ from vkd_cache.stages.copying import copies_of
 from vkd_cache.stages.extract_checks import check_fit
 from vkd_cache.stages.planning_break_even import Costs
 from vkd_cache.stages.planning_extract import ExtractFound, ExtractRequest, measure_extraction
-from vkd_cache.stages.planning_process import in_own_process, sigterm_as_interrupt
+from vkd_cache.stages.planning_process import ended_as_by_ctrl_c, in_own_process
 from vkd_cache.stages.planning_report import (
     CACHED,
     EXTRACT,
@@ -92,7 +92,7 @@ class _Planning:
 
     def report(self) -> PlanReport:
         """Measure, and work out the rest."""
-        with sigterm_as_interrupt(), tempfile.TemporaryDirectory(prefix="vkd-cache-plan-") as name:
+        with ended_as_by_ctrl_c(), tempfile.TemporaryDirectory(prefix="vkd-cache-plan-") as name:
             folder = Path(name)
             weights = weights_at_hand(self._config.teacher, self._source.num_classes, folder)
             config = dataclasses.replace(

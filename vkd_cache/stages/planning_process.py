@@ -102,16 +102,23 @@ def _end_with(parent: Any) -> None:
 
 
 @contextlib.contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends what is enclosed as Ctrl-C does, so that temporary folders are removed, and measurements end."""
+def ended_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a closed terminal, end what is enclosed as Ctrl-C does, and what is temporary is removed.
+
+    SIGHUP stays ignored where it is (nohup).
+    """
     if threading.current_thread() is not threading.main_thread():  # others may not set handlers
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 class Memory:

@@ -7,6 +7,7 @@ A newcomer's trap: a block is lent together with the array in it. It comes back,
 on the other side refers to that array or to a tensor made of it; whoever keeps results keeps their blocks.
 """
 
+import contextlib
 import io
 import itertools
 import math
@@ -176,13 +177,14 @@ class BorrowedBlocks:
         Raises:
             SourceError: there is no memory for a block, or too many files are open.
         """
-        for (number, num_bytes), descriptor in zip(parcel.made, descriptors, strict=True):
-            try:
-                self._blocks[number] = mmap.mmap(descriptor, num_bytes)
-            except OSError as error:
-                raise _no_room(num_bytes, error) from error
-            finally:
-                os.close(descriptor)
+        with contextlib.ExitStack() as received:
+            for descriptor in descriptors:
+                received.callback(os.close, descriptor)
+            for (number, num_bytes), descriptor in zip(parcel.made, descriptors, strict=True):
+                try:
+                    self._blocks[number] = mmap.mmap(descriptor, num_bytes)
+                except OSError as error:
+                    raise _no_room(num_bytes, error) from error
         for number in parcel.dropped:
             del self._blocks[number]
         return ForkingPickler.loads(message, buffers=[self._borrowed(*loan) for loan in parcel.lent])

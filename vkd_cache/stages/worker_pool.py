@@ -7,11 +7,13 @@ For the same reason workers end by themselves, at once, when the main process ha
 """
 
 import contextlib
+import errno
 import gc
 import itertools
 import multiprocessing
 import os
 import queue
+import resource
 import signal
 import socket
 import threading
@@ -136,8 +138,31 @@ def _send(line: Connection, returned: list[int], packed: Packed) -> None:
 def _received(line: Connection, blocks: BorrowedBlocks) -> tuple[list[int], Any]:
     """Word of own blocks that the other side does not use any more, and what it has sent."""
     returned, parcel = line.recv()
-    descriptors = [recv_handle(line) for _ in parcel.made]
+    descriptors = _received_descriptors(line, len(parcel.made))
     return returned, blocks.unpack(parcel, descriptors, line.recv_bytes())
+
+
+def _received_descriptors(line: Connection, count: int) -> list[int]:
+    """Descriptors that were sent.
+
+    Raises:
+        SourceError: this process may open no more files.
+    """
+    found: list[int] = []
+    try:
+        for _ in range(count):
+            found.append(recv_handle(line))
+    except (OSError, RuntimeError) as error:  # multiprocessing's for a message without the descriptor is the latter
+        for descriptor in found:
+            os.close(descriptor)
+        if isinstance(error, OSError) and error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise SourceError(
+            f"a data worker and the main process cannot share a batch: too many files are open (at most {limit} may "
+            "be). Allow more (ulimit -n), or use fewer --workers."
+        ) from error
+    return found
 
 
 _WHAT_TO_DO = "What is saved is intact: run the same command again to continue (train: with --resume auto)."
