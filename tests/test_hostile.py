@@ -249,11 +249,12 @@ def test_keys_that_lead_out_are_refused(tmp_path: Path, key: str, kind: str) -> 
             if kind == "link":
                 entry.type, entry.linkname, entry.size = tarfile.SYMTYPE, "/etc/passwd", 0
             archive.addfile(entry, io.BytesIO(content))
-    (tmp_path / "a.tar").write_bytes(stream.getvalue())
-    before = files_below(tmp_path.parent)
+    tar = tmp_path / "1" / "2" / "3" / "a.tar"
+    tar.parent.mkdir(parents=True)
+    tar.write_bytes(stream.getvalue())
     with pytest.raises(SourceError):
-        open_source(str(tmp_path / "a.tar"))
-    assert files_below(tmp_path.parent) == before
+        open_source(str(tar))
+    assert list(files_below(tmp_path)) == [str(tar)] and tar.read_bytes() == stream.getvalue()
 
 
 @pytest.mark.parametrize("path", ["../../outside", "/etc/passwd", "units/../../outside", "units/view-0000/x", "a\0b"])
