@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -387,26 +388,33 @@ def test_work_in_its_own_process() -> None:
         in_own_process(leaves, 3, "work")
 
 
+@pytest.fixture
+def hangup() -> Iterator[Callable[[Any], Any]]:
+    """Sets what SIGHUP does, which whoever runs the tests may have set to be ignored."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield lambda handler: signal.signal(signal.SIGHUP, handler)
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_leaves_no_folder_behind(temporary: Path, number: signal.Signals) -> None:
+def test_a_signal_leaves_no_folder_behind(
+    temporary: Path, hangup: Callable[[Any], Any], number: signal.Signals
+) -> None:
+    hangup(signal.SIG_DFL)
     before = signal.getsignal(number)
     with (
         pytest.raises(KeyboardInterrupt),
         ended_as_by_ctrl_c(),
         tempfile.TemporaryDirectory(prefix="vkd-cache-plan-"),
     ):
-        os.kill(os.getpid(), number)
-        signal.pause()
+        signal.raise_signal(number)
     assert signal.getsignal(number) == before
 
 
-def test_what_ignores_that_its_terminal_is_closed_goes_on_ignoring_it() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with ended_as_by_ctrl_c():
-            os.kill(os.getpid(), signal.SIGHUP)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_what_ignores_that_its_terminal_is_closed_goes_on_ignoring_it(hangup: Callable[[Any], Any]) -> None:
+    hangup(signal.SIG_IGN)
+    with ended_as_by_ctrl_c():
+        signal.raise_signal(signal.SIGHUP)
 
 
 def test_a_plan_that_is_ended_leaves_nothing(tiny_config: Build, digits_tree: Path, tmp_path: Path) -> None:
