@@ -90,6 +90,8 @@ class _Worker:
             self._back.extend(returned)
         except EOFError as error:
             raise self._death() from error
+        except SourceError:  # of this side
+            raise
         except Exception as error:
             if not self._has_ended():  # it has, if this was half a message
                 raise
