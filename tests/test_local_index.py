@@ -99,7 +99,7 @@ def test_tars_that_change_are_indexed_again(tmp_path: Path, copies: LocalCopies)
     assert len(documents(copies)) == 1  # in place of the old one
 
 
-def test_a_folder_behind_a_link_is_not_the_one_beside_it(tars: Path, tmp_path: Path, copies: LocalCopies) -> None:
+def test_a_folder_behind_a_link_is_not_the_one_beside_it(tmp_path: Path, copies: LocalCopies) -> None:
     """`link/..` is where the link leads to: an index kept under another name would be another tar's."""
     (tmp_path / "x" / "real").mkdir(parents=True)
     (tmp_path / "y").mkdir()

@@ -123,19 +123,15 @@ class LocalCopies:
         document = self._document(original, kind)
         with self._own_errors():
             document.parent.mkdir(parents=True, exist_ok=True)
-            space = os.open(self.folder / "space.lock", os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(space, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                alike = [(used, path) for used, _, path in _files(document.parent) if path.suffix == document.suffix]
-                others = sorted((used, path) for used, path in alike if path != document)
-                for _, path in others[: max(0, len(others) - at_most + 1)]:
+            # what blocks: somebody makes room, or waits for it
+            with contextlib.suppress(BlockingIOError), self._space(fcntl.LOCK_EX | fcntl.LOCK_NB):
+                alike = [file for file in _files(document.parent) if file[2].suffix == document.suffix]
+                others = sorted(file for file in alike if file[2] != document)
+                for _, _, path in others[: max(0, len(others) - at_most + 1)]:
                     path.unlink(missing_ok=True)
-                if self._taken_bytes() + len(data) <= self.max_bytes:
+                fetching, at_rest = self._taken()
+                if fetching + sum(size for _, size, _ in at_rest) + len(data) <= self.max_bytes:
                     write_atomic(document, data)
-            except BlockingIOError:  # somebody makes room, or waits for it
-                return
-            finally:
-                os.close(space)
 
     def kept(self, original: Original, kind: str) -> bytes | None:
         """The document of this kind about `original`; None if there is none (any more)."""
@@ -153,11 +149,27 @@ class LocalCopies:
         with self._own_errors():
             return self.max_bytes - sum(size for _, size, _ in _files(self.folder / "lasting"))
 
-    def _taken_bytes(self) -> int:
-        rest = sum(size for folder in ("copies", "lasting") for _, size, _ in _files(self.folder / folder))
+    def _taken(self, but: Path | None = None) -> tuple[int, list[tuple[int, int, Path]]]:
+        """Bytes reserved for what is being fetched, without the place `but`, and the files at rest, see `_files`."""
+        # fetches first: what is published between the two lists is counted twice, never not at all
+        reserved = 0
         with contextlib.suppress(FileNotFoundError):
-            rest += sum(_reserved_bytes(place) for place in (self.folder / "fetching").iterdir())
-        return rest
+            reserved = sum(_reserved_bytes(place) for place in (self.folder / "fetching").iterdir() if place != but)
+        return reserved, sorted([*_files(self.folder / "copies"), *_files(self.folder / "lasting", _LASTING_NS)])
+
+    @contextlib.contextmanager
+    def _space(self, operation: int) -> Iterator[None]:
+        """Hold the lock on what lies in the folder.
+
+        Raises:
+            BlockingIOError: somebody else holds it, and `operation` is not to wait.
+        """
+        lock = os.open(self.folder / "space.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(lock, operation)
+            yield
+        finally:
+            os.close(lock)
 
     def _document(self, original: Original, kind: str) -> Path:
         return self.folder / "lasting" / f"{original.name}.{kind}"
@@ -216,20 +228,14 @@ class LocalCopies:
 
     def _reserve(self, place: Path, lock: int, num_bytes: int) -> None:
         """Make room for `num_bytes`, and write down that they are ours. Waits for others' fetches where it has to."""
-        space = os.open(self.folder / "space.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(space, fcntl.LOCK_EX)  # those that come later wait behind us, so nobody waits for ever
+        with self._space(fcntl.LOCK_EX):  # those that come later wait behind us, so nobody waits for ever
             while not self._make_room(place, num_bytes):
                 time.sleep(_LOOK_AGAIN_S)
             os.ftruncate(lock, num_bytes)
-        finally:
-            os.close(space)
 
     def _make_room(self, place: Path, num_bytes: int) -> bool:
         """Remove what was used longest ago, until `num_bytes` fit; False if others' fetches leave no room."""
-        # fetches first: what is published between the two lists is counted twice, never not at all
-        fetching = sum(_reserved_bytes(other) for other in (self.folder / "fetching").iterdir() if other != place)
-        at_rest = sorted([*_files(self.folder / "copies"), *_files(self.folder / "lasting", _LASTING_NS)])
+        fetching, at_rest = self._taken(but=place)
         excess = fetching + sum(size for _, size, _ in at_rest) + num_bytes - self.max_bytes
         now = time.time_ns()
         for used, size, path in at_rest:

@@ -8,6 +8,7 @@ import os
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -81,8 +82,7 @@ class LocalTars:
         """`copies`: where their index is kept; None: it is not."""
         self.names: Sequence[str] = tuple(os.path.basename(path) for path in paths)  # noqa: PTH119
         self._given = tuple(paths)
-        # abspath() would take "link/.." for nothing, which it is not
-        self._paths = tuple(os.path.join(os.getcwd(), path) for path in paths)  # noqa: PTH109, PTH118
+        self._paths = tuple(str(Path(path).absolute()) for path in paths)  # abspath() would take "link/.." for nothing
         self._copies = copies
 
     def indexes(self, findings: Findings) -> Iterator[TarIndex]:
