@@ -11,7 +11,7 @@ import itertools
 import time
 
 from vkd_cache import console
-from vkd_cache.cache.reader import Cache, find_cache, open_cache
+from vkd_cache.cache.reader import Cache, open_cache
 from vkd_cache.cache.schema import Manifest
 from vkd_cache.cache.units import UnitId
 from vkd_cache.cache.writer import check_same, start_cache
@@ -22,7 +22,7 @@ from vkd_cache.stages.convert_cut import Cut, new_cut, same_cut
 from vkd_cache.stages.convert_job import ConvertJob, ConvertSummary
 from vkd_cache.stages.convert_plan import ConvertPlan, Wish
 from vkd_cache.stages.run_log import RunLog
-from vkd_cache.stages.target import refuse_foreign_folder, refuse_overlap
+from vkd_cache.stages.target import find_target, refuse_overlap
 from vkd_cache.stages.unit_order import unpublished
 from vkd_cache.stages.units import units_of_worker
 from vkd_cache.urls import check_place
@@ -64,9 +64,7 @@ def convert(request: ConvertRequest, split: JobSplit, *, dry_run: bool = False) 
     cut = same_cut(source.manifest)
     if request.shard_size is not None:
         cut = new_cut(source, request.images, request.shard_size)
-    existing = find_cache(request.target)
-    if existing is None:
-        refuse_foreign_folder(request.target, "TARGET")
+    existing = find_target(request.target, "TARGET")
     asked, ready = _units(source, cut, request.views, split)
     plan = ConvertPlan(source=source, url=request.target, cut=cut, units=ready, wish=request.wish)
     manifest = Manifest.from_json(plan.manifest().to_json())

@@ -10,7 +10,6 @@ import dataclasses
 import time
 
 from vkd_cache import console
-from vkd_cache.cache.reader import find_cache
 from vkd_cache.cache.schema import Manifest
 from vkd_cache.cache.writer import create_cache
 from vkd_cache.config import Config, config_to_json, parse_view_range
@@ -25,8 +24,9 @@ from vkd_cache.stages.extract_job import ExtractJob, ExtractSummary
 from vkd_cache.stages.extract_plan import ExtractPlan
 from vkd_cache.stages.ranks import take_device
 from vkd_cache.stages.run_log import RunLog
-from vkd_cache.stages.target import refuse_foreign_folder
+from vkd_cache.stages.target import find_target
 from vkd_cache.stages.teaching import TeacherRun, start_teacher
+from vkd_cache.stages.time_spent import sharing
 from vkd_cache.stages.unit_order import unpublished
 from vkd_cache.stages.units import units_of_worker
 from vkd_cache.teachers import DetectionTeacher, Teacher, load_teacher
@@ -47,9 +47,7 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
     )
     recipe = make_recipe(config.views)
     check_fit(config, source, recipe)
-    existing = find_cache(config.cache.url)
-    if existing is None:
-        refuse_foreign_folder(config.cache.url, "--cache")
+    existing = find_target(config.cache.url, "--cache")
     device = take_device(config.extract.device, split.local_index)
     nodes = nodes_to_store(config.cache, source)
     teacher = load_teacher(config.teacher, nodes=nodes, num_classes=source.num_classes, view_px=recipe.size_px)
@@ -88,7 +86,7 @@ def extract(config: Config, split: JobSplit, *, dry_run: bool = False) -> Extrac
         seconds=time.monotonic() - started,
     )
     log.finish(summary.to_json())
-    _say_summary(config, summary, shared=device.type == "cpu")
+    _say_summary(config, summary, sharing(device.type))
     return summary
 
 
@@ -144,8 +142,8 @@ def _warn_of_batch_size(manifest: Manifest, run: TeacherRun) -> None:
         )
 
 
-def _say_summary(config: Config, summary: ExtractSummary, *, shared: bool) -> None:
-    """`shared`: data workers take cores from the teacher."""
+def _say_summary(config: Config, summary: ExtractSummary, remark: str) -> None:
+    """`remark`: is to be said beside the limit."""
     rate = summary.samples / max(summary.seconds, 1e-9)
     console.say(
         f"extract: {summary.units_published} units published, {summary.units_skipped} were there, "
@@ -156,7 +154,7 @@ def _say_summary(config: Config, summary: ExtractSummary, *, shared: bool) -> No
         busy, data, writer = (f"{100 * summary.shares[name]:.0f}%" for name in ("teacher", "data", "writer"))
         console.say(
             f"extract: limited by the {summary.limit}: the teacher was at work for {busy} of the time, waited for data "
-            f"for {data}, for the writer for {writer}" + (" (data and teacher share the cores)" if shared else "")
+            f"for {data}, for the writer for {writer}{remark}"
         )
     if summary.units_overtaken:
         console.say(

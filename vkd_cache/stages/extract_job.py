@@ -27,7 +27,7 @@ from vkd_cache.stages.device_queue import DeviceQueue
 from vkd_cache.stages.rendering import RenderedBatch, Renderer, RenderTask
 from vkd_cache.stages.stored_pixels import StoredPixels
 from vkd_cache.stages.teaching import TeacherRun, memory_told, taught_batches
-from vkd_cache.stages.time_spent import TimeSpent, limit_of, shares
+from vkd_cache.stages.time_spent import TimeSpent, limit_of, shares, sharing
 from vkd_cache.stages.transfer import model_input
 from vkd_cache.stages.unit_order import UnitOrder
 from vkd_cache.stages.units import UnitAssembly, check_storable, unit_tasks
@@ -199,13 +199,13 @@ class ExtractJob:
         unit, _ = batch.tag
         if batch.error is not None:
             self._fail(unit, batch.error)
-        for position, reason in batch.broken:
+        if self._config.extract.strict and batch.broken:
+            position, reason = batch.broken[0]
             key = self._source.shards[unit.shard].keys[int(batch.row[position])]
-            if self._config.extract.strict:
-                raise SourceError(
-                    f"{self._source.location}: image of key '{key}' is broken: {reason}. Repair or remove it, or run "
-                    "without --strict to record and skip it."
-                )
+            raise SourceError(
+                f"{self._source.location}: image of key '{key}' is broken: {reason}. Repair or remove it, or run "
+                "without --strict to record and skip it."
+            )
         return unit not in self._failed
 
     def _fail(self, unit: UnitId, error: Exception) -> None:
@@ -257,9 +257,12 @@ class ExtractJob:
         """
         if not broken:
             return
-        if unit.shard not in self._known_broken:
-            self._known_broken |= self._broken_in_cache(unit.shard)
-        known = self._known_broken.get(unit.shard, broken)
+        known = self._known_broken.get(unit.shard)
+        if known is None:
+            known = self._broken_in_cache(unit.shard)
+            if known is None:
+                return
+            self._known_broken[unit.shard] = known
         lost = [key for key in broken if key not in known]
         if lost:
             raise SourceError(
@@ -268,13 +271,13 @@ class ExtractJob:
                 "are lost, extract into another cache."
             )
 
-    def _broken_in_cache(self, shard: int) -> dict[int, frozenset[str]]:
-        """Keys that a unit of `shard` records as broken, by shard; nothing, where none was published."""
+    def _broken_in_cache(self, shard: int) -> frozenset[str] | None:
+        """Keys that a unit of `shard` records as broken; None where none was published."""
         if shard in self._published_views:
             with contextlib.suppress(CacheError):  # a record that cannot be read says nothing
                 record = self._writer.cache.record(shard, self._published_views[shard])
-                return {shard: frozenset(key for key, _, _ in record.broken)}
-        return {}
+                return frozenset(key for key, _, _ in record.broken)
+        return None
 
     @functools.cached_property
     def _published_views(self) -> dict[int, int]:
@@ -285,10 +288,8 @@ class ExtractJob:
         """What limits the job now, and shares of the last half minute; the writer works beside the others."""
         spent = self._spent.recent()
         found = shares(spent)
-        # what workers take of a processor that the teacher runs on as well, nobody can tell
-        shared = " (data and teacher share the cores)" if self._run.device.type == "cpu" else ""
         return (
-            f"limited by the {limit_of(spent)}{shared} | data {100 * found['data']:.0f}%, "
+            f"limited by the {limit_of(spent)}{sharing(self._run.device.type)} | data {100 * found['data']:.0f}%, "
             f"teacher {100 * found['teacher']:.0f}%, write {100 * found['writing']:.0f}% | {self._bytes / 1e6:.1f} MB"
         )
 

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 from vkd_cache import console
-from vkd_cache.cache.reader import find_cache
 from vkd_cache.cache.schema import BY_VALUE
 from vkd_cache.cache.units import UnitId
 from vkd_cache.config import Config, parse_view_range
@@ -39,7 +38,7 @@ from vkd_cache.stages.planning_report import (
 from vkd_cache.stages.planning_sizes import SizeModel, cache_size, size_model
 from vkd_cache.stages.planning_teacher import WeightsAtHand, weights_at_hand
 from vkd_cache.stages.planning_train import TrainFound, TrainRequest, measure_training
-from vkd_cache.stages.target import refuse_foreign_folder
+from vkd_cache.stages.target import find_target
 from vkd_cache.stages.unit_order import unpublished
 from vkd_cache.stages.units import units_of_worker
 from vkd_cache.views.recipe import make_recipe
@@ -77,8 +76,7 @@ class _Planning:
         self._source = self._opened(config.source.train, "train")
         self._recipe = make_recipe(config.views)
         check_fit(config, self._source, self._recipe)
-        if config.cache.url and find_cache(config.cache.url) is None:
-            refuse_foreign_folder(config.cache.url, "--cache")
+        self._existing = find_target(config.cache.url, "--cache") if config.cache.url else None
         self._open_s = time.monotonic() - self._begun
         val = config.source.val or validation_beside(config.source.train)
         self._val = self._opened(val, "val") if val and config.student.name else None
@@ -214,9 +212,9 @@ class _Planning:
         )
 
     def _cache(self, model: SizeModel, extracted: ExtractFound) -> CachePlan:
-        url, views = self._config.cache.url, parse_view_range(self._config.views.count)
+        views = parse_view_range(self._config.views.count)
         units = units_of_worker(len(self._source.shards), views, 0, 1)
-        todo = unpublished(find_cache(url) if url else None, units)
+        todo = unpublished(self._existing, units)
         whole, missing = cache_size(model, self._source, units), cache_size(model, self._source, todo)
         return CachePlan(
             views=len(views),

@@ -8,7 +8,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from vkd_cache.cache.reader import MANIFEST_PATH
+from vkd_cache.cache.reader import MANIFEST_PATH, Cache, find_cache
 from vkd_cache.cache.units import kind_of
 from vkd_cache.errors import CacheError, ConfigError
 from vkd_cache.runtime import expand_home
@@ -35,6 +35,21 @@ def refuse_overlap(source: str, target: str) -> None:
         raise ConfigError(f"{target}: is inside of the cache that is to be converted. Give another TARGET.")
     if first.startswith(second):
         raise ConfigError(f"{target}: holds the cache that is to be converted ({source}). Give another TARGET.")
+
+
+def find_target(url: str, option: str) -> Cache | None:
+    """The cache at `url`; None where one may be begun.
+
+    Args:
+        url, option: see `refuse_foreign_folder`.
+
+    Raises:
+        CacheError: neither.
+    """
+    cache = find_cache(url)
+    if cache is None:
+        refuse_foreign_folder(url, option)
+    return cache
 
 
 def refuse_foreign_folder(url: str, option: str) -> None:

@@ -56,6 +56,14 @@ def shares(spent: Spent) -> dict[str, float]:
     }
 
 
+def sharing(device_type: str) -> str:
+    """What is to be said beside a limit on such a device; empty on a GPU.
+
+    On a CPU nobody can tell what data workers take of a core that the teacher runs on as well.
+    """
+    return " (data and teacher share the cores)" if device_type == "cpu" else ""
+
+
 def limit_of(spent: Spent) -> str:
     """`teacher`, `data` or `writer`: what has to become faster for the job to be faster.
 
